@@ -1,0 +1,82 @@
+"""Asynchronous Advantage Actor-Critic (Mnih et al. 2016, arXiv:1602.01783) in functional JAX.
+
+A worker is a pure function; asynchrony is a thin shell around it. Each module imports only from those
+above it (a test reads the imports and holds this table to it):
+
+| module          | what lives there                                                                |
+|-----------------|---------------------------------------------------------------------------------|
+| `losses`        | pure functions: n-step returns and advantages, actor, critic and entropy losses |
+| `distributions` | categorical and diagonal Gaussian                                               |
+| `config`        | `A3CConfig`, checked when it is made                                            |
+| `packing`       | trees of small arrays as one vector, bit for bit                                |
+| `networks`      | Flax modules: torsos, heads, actor-critic                                       |
+| `environments`  | `make(name)`: one batched protocol over gymnax                                  |
+| `rollout`       | the n-step unroll, `Trajectory`, episode statistics                             |
+| `worker`        | `worker_step`: unroll, loss and gradients                                       |
+| `parameters`    | `SharedParameters`: lock, optimizer, version, schedule of updates               |
+| `threads`       | the worker threads over an opaque step function                                 |
+| `evaluation`    | whole episodes by a fixed policy                                                |
+| `metrics`       | exact counters, the log of episodes, sinks                                      |
+| `training`      | `train(config)`: wires the above together                                       |
+
+The names below are imported when first used, so that `import a3c_jax.losses` in a notebook loads JAX and
+nothing more.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from a3c_jax.config import A3CConfig
+    from a3c_jax.environments import make
+    from a3c_jax.evaluation import evaluate, greedy_policy, random_policy, sampled_policy
+    from a3c_jax.networks import ActorCritic
+    from a3c_jax.parameters import Schedule, SharedParameters, Snapshot
+    from a3c_jax.threads import WorkerError
+    from a3c_jax.training import TrainingInterrupted, TrainResult, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "A3CConfig",
+    "ActorCritic",
+    "Schedule",
+    "SharedParameters",
+    "Snapshot",
+    "TrainResult",
+    "TrainingInterrupted",
+    "WorkerError",
+    "evaluate",
+    "greedy_policy",
+    "make",
+    "random_policy",
+    "sampled_policy",
+    "train",
+]
+
+_HOME = {
+    "A3CConfig": "config",
+    "ActorCritic": "networks",
+    "Schedule": "parameters",
+    "SharedParameters": "parameters",
+    "Snapshot": "parameters",
+    "TrainResult": "training",
+    "TrainingInterrupted": "training",
+    "WorkerError": "threads",
+    "evaluate": "evaluation",
+    "greedy_policy": "evaluation",
+    "make": "environments",
+    "random_policy": "evaluation",
+    "sampled_policy": "evaluation",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"a3c_jax.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'a3c_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,169 @@
+"""The configuration of a run: one frozen dataclass, checked when it is made.
+
+No JAX work happens here, so that a command line can show its help, and refuse bad input, at once.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any, Literal, get_args
+
+Optimizer = Literal["adam", "momentum", "shared_rmsprop", "rmsprop"]
+Schedule = Literal["constant", "linear"]
+Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
+
+
+def available_cores() -> int:
+    """The number of cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class A3CConfig:
+    """Everything that defines a run. Two runs with one worker and equal configurations are equal bit for bit.
+
+    Raises:
+      ValueError: where a value breaks its rule.
+      TypeError: where a value has the wrong type.
+    """
+
+    environment: str = "CartPole-v1"
+    """Name of a gymnax environment, or `CartPole-v0` (CartPole-v1 with a limit of 200 steps)."""
+    seed: int = 0
+    """Seed of every random number of the run: the initial parameters, each worker, the evaluation."""
+    num_workers: int = dataclasses.field(default_factory=available_cores)
+    """Worker threads, each with its own environments; by default the number of cores."""
+    envs_per_worker: int = 1
+    """Environments that each worker plays side by side: 1 is the paper's actor-learner, more is the batched form."""
+    t_max: int = 5
+    """Steps that a worker plays in each of its environments between two updates."""
+
+    discount: float = 0.99
+    """The discount factor gamma, per step."""
+    critic_cost: float = 0.5
+    """Weight of the critic's loss, which is half the mean squared error."""
+    entropy_cost: float = 0.01
+    """Weight of the entropy bonus, the paper's beta."""
+    terminal_reward: float | None = None
+    """If given, replaces the reward of a step that terminates an episode (-1 in the article), for learning only: reported returns never contain it, and a time limit is no termination."""
+
+    optimizer: Optimizer = "adam"
+    """Adam; momentum SGD; RMSProp with statistics shared by all workers (the paper's choice); or RMSProp with statistics for each worker."""
+    learning_rate: float = 1e-3
+    """The optimizer's step size, or its initial value where the schedule is linear."""
+    learning_rate_schedule: Schedule = "constant"
+    """Constant, or annealed linearly to zero over max_steps, as in the paper."""
+    momentum: float = 0.9
+    """Momentum SGD's decay of the velocity."""
+    rmsprop_decay: float = 0.99
+    """RMSProp's decay of the squared gradients; the paper's alpha."""
+    rmsprop_epsilon: float = 1e-5
+    """RMSProp's epsilon, inside the square root; the paper's authors reported 0.1 for Atari."""
+    max_gradient_norm: float | None = 0.5
+    """Gradients of a larger global norm are scaled down to it; None never scales."""
+
+    hidden_sizes: tuple[int, ...] = (128,)
+    """Width of each hidden layer."""
+    activation: Activation = "relu"
+    """The hidden layers' non-linearity."""
+    shared_torso: bool = False
+    """Actor and critic share the hidden layers (the paper) instead of each having their own (the article)."""
+
+    max_steps: int | None = 1_000_000
+    """Budget in environment steps, all workers together; None sets no limit."""
+    max_episodes: int | None = None
+    """Budget in episodes, all workers together; None sets no limit."""
+    solved_return: float | None = None
+    """Stop as soon as the mean return of the last solved_window episodes reaches this; None never stops for it."""
+    solved_window: int = 100
+    """Number of episodes in the running mean."""
+
+    def __post_init__(self) -> None:
+        for name, minimum in (
+            ("seed", 0),
+            ("num_workers", 1),
+            ("envs_per_worker", 1),
+            ("t_max", 1),
+            ("solved_window", 1),
+        ):
+            self._check_int(name, minimum)
+        for name in ("max_steps", "max_episodes"):
+            if getattr(self, name) is not None:
+                self._check_int(name, 1)
+        if self.seed >= 2**32:
+            self._fail("seed", "must be < 2**32", "use a smaller seed")
+
+        self._check_float("discount", lambda x: 0 <= x <= 1, "must lie in [0, 1]", "use 0.99")
+        for name, default in (("critic_cost", 0.5), ("entropy_cost", 0.01)):
+            self._check_float(name, lambda x: x >= 0, "must be >= 0", f"use {default}, or 0 for none")
+        self._check_float("learning_rate", lambda x: x > 0, "must be > 0", "use 1e-3")
+        for name, default in (("momentum", 0.9), ("rmsprop_decay", 0.99)):
+            self._check_float(name, lambda x: 0 <= x < 1, "must lie in [0, 1)", f"use {default}")
+        self._check_float("rmsprop_epsilon", lambda x: x > 0, "must be > 0", "use 1e-5")
+        if self.max_gradient_norm is not None:
+            self._check_float("max_gradient_norm", lambda x: x > 0, "must be > 0", "use None for no limit")
+        for name in ("terminal_reward", "solved_return"):
+            if getattr(self, name) is not None:
+                self._check_float(name, lambda _: True, "must be a number", "use None for none")
+
+        self._check_choice("optimizer", get_args(Optimizer))
+        self._check_choice("learning_rate_schedule", get_args(Schedule))
+        self._check_choice("activation", get_args(Activation))
+        if not isinstance(self.environment, str) or not self.environment:
+            self._fail("environment", "must be the name of an environment", "use 'CartPole-v1'", TypeError)
+        if not isinstance(self.shared_torso, bool):
+            self._fail("shared_torso", "must be True or False", "use False", TypeError)
+        sizes = self.hidden_sizes
+        if not isinstance(sizes, tuple | list) or not all(type(n) is int and n > 0 for n in sizes):
+            self._fail("hidden_sizes", "must be a tuple of positive integers", "use (128,)")
+        object.__setattr__(self, "hidden_sizes", tuple(sizes))
+
+        if self.max_steps is None and self.max_episodes is None and self.solved_return is None:
+            raise ValueError(
+                "A3CConfig.max_steps, max_episodes and solved_return are all None, so that the run "
+                "would never end; set at least one."
+            )
+        if self.learning_rate_schedule == "linear" and self.max_steps is None:
+            raise ValueError(
+                "A3CConfig.learning_rate_schedule 'linear' anneals to zero over max_steps, got "
+                "max_steps None; set max_steps, or use 'constant'."
+            )
+
+    @property
+    def steps_per_update(self) -> int:
+        """Environment steps in one segment: what one update learns from."""
+        return self.t_max * self.envs_per_worker
+
+    @property
+    def max_updates(self) -> int | None:
+        """The fewest updates that play at least `max_steps`; None where there is no such limit."""
+        return None if self.max_steps is None else math.ceil(self.max_steps / self.steps_per_update)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    def _fail(
+        self, name: str, rule: str, remedy: str, kind: type[Exception] = ValueError
+    ) -> None:
+        raise kind(f"A3CConfig.{name} {rule}, got {getattr(self, name)!r}; {remedy}.")
+
+    def _check_int(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int:
+            self._fail(name, f"must be an integer >= {minimum}", f"use {minimum} or more", TypeError)
+        if value < minimum:
+            self._fail(name, f"must be >= {minimum}", f"use {minimum} or more")
+
+    def _check_float(self, name: str, holds: Any, rule: str, remedy: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self._fail(name, rule, remedy, TypeError)
+        if not math.isfinite(value) or not holds(value):
+            self._fail(name, rule if math.isfinite(value) else "must be finite", remedy)
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            self._fail(name, f"must be one of {', '.join(choices)}", f"use '{choices[0]}'")

@@ -1,0 +1,294 @@
+"""The losses of advantage actor-critic: pure functions on arrays.
+
+Notation, after rlax: `_tm1` marks what belongs to the moment *before* a transition (the observation,
+the action taken there, its value), `_t` what belongs to the moment *after* it (the reward, the
+discount, the value of the observation that followed). Arrays are time-major: `[T, ...]`, with any
+trailing batch dimensions.
+
+Three rules hold throughout.
+
+* `v_t` is the value of the observation that *followed* the action, before any reset. It is never the
+  value of the first observation of the next episode.
+* A termination and a time limit differ. `discount_t = discount * (1 - terminated_t)` makes the future
+  worth nothing; `lambda_t = 1 - truncated_t` cuts the return there and bootstraps from `v_t` instead.
+  Where both happen at once the discount is zero, so termination wins.
+* Losses are means over every step, where the paper accumulates a sum over the t_max steps of one
+  environment. The gradient of the sum over time is T times the gradient of the mean, so a paper's
+  learning rate for plain SGD is T times smaller than ours. Adam and RMSProp divide the scale out again
+  (but for their epsilon).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+
+def _assert_same_floats(**arrays: Array) -> None:
+    """Raises unless all arrays share one shape `[T, ...]` and hold floats."""
+    values = list(arrays.values())
+    try:
+        chex.assert_equal_shape(values)
+        chex.assert_type(values, float)
+    except AssertionError as error:
+        found = ", ".join(f"{k}: {jnp.shape(v)} {jnp.result_type(v)}" for k, v in arrays.items())
+        raise AssertionError(
+            f"{' and '.join(arrays)} must be float arrays of one shape [T, ...], got {found}; "
+            "nothing is broadcast, since an [N] against an [N, 1] would silently give [N, N]."
+        ) from error
+    if not jnp.ndim(values[0]) or not jnp.size(values[0]):
+        raise AssertionError(
+            f"{' and '.join(arrays)} must have a leading time dimension [T, ...] and at least one "
+            f"element, got shape {jnp.shape(values[0])}."
+        )
+
+
+def n_step_returns(
+    r_t: Array, discount_t: Array, v_t: Array, lambda_t: Array | float = 1.0
+) -> Array:
+    r"""Returns bootstrapped from the end of a segment, and wherever `lambda_t` cuts them.
+
+    The recursion runs backwards from `G_T = v_T`:
+
+    .. math::
+      G_{t-1} = r_t + \gamma_t \left( (1 - \lambda_t) v_t + \lambda_t G_t \right)
+
+    With `lambda_t = 1` everywhere this is the n-step return of A3C, whose first step looks T steps
+    ahead and whose last looks one step ahead. A segment may hold several episodes.
+
+    >>> n_step_returns(jnp.array([1., 1., 1.]), jnp.array([.5, 0., .5]), jnp.array([9., 9., 4.]))
+    Array([1.5, 1. , 3. ], dtype=float32)
+
+    Args:
+      r_t: rewards, `[T, ...]`, float.
+      discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
+      v_t: values of the observations that followed each action, before any reset, `[T, ...]`, float.
+      lambda_t: `1 - truncated_t`, `[T, ...]` or a scalar. A constant below one gives the lambda-return
+        (the return of generalised advantage estimation).
+
+    Returns:
+      The return of each step, `[T, ...]`. It is differentiable: the losses below stop the gradient.
+
+    Raises:
+      AssertionError: where shapes differ or an array is not of floats.
+
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3; the recursion with a
+    lambda per step is equation 12.18 of Sutton & Barto 2018.
+    """
+    if jnp.ndim(lambda_t) == 0:
+        lambda_t = jnp.full_like(r_t, lambda_t)
+    lambda_t = jnp.asarray(lambda_t)
+    _assert_same_floats(r_t=r_t, discount_t=discount_t, v_t=v_t, lambda_t=lambda_t)
+
+    def backwards(g_t: Array, step: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        r, discount, v, lambda_ = step
+        g_tm1 = r + discount * ((1.0 - lambda_) * v + lambda_ * g_t)
+        return g_tm1, g_tm1
+
+    _, returns_tm1 = jax.lax.scan(
+        backwards, v_t[-1], (r_t, discount_t, v_t, lambda_t), reverse=True
+    )
+    return returns_tm1
+
+
+def n_step_advantages(
+    r_t: Array, discount_t: Array, v_tm1: Array, v_t: Array, lambda_t: Array | float = 1.0
+) -> Array:
+    r"""How much better each action turned out than the critic expected.
+
+    .. math::
+      A_{t-1} = G_{t-1} - v_{t-1}
+
+    >>> n_step_advantages(jnp.array([1.]), jnp.array([.5]), jnp.array([2.]), jnp.array([4.]))
+    Array([1.], dtype=float32)
+
+    Args:
+      r_t: rewards, `[T, ...]`, float.
+      discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
+      v_tm1: values of the observations acted upon, `[T, ...]`, float.
+      v_t: values of the observations that followed, before any reset, `[T, ...]`, float.
+      lambda_t: `1 - truncated_t`, `[T, ...]` or a scalar; see `n_step_returns`.
+
+    Returns:
+      The advantage of each action, `[T, ...]`.
+
+    Raises:
+      AssertionError: where shapes differ or an array is not of floats.
+
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4; with a constant `lambda_t` below one it is
+    generalised advantage estimation, Schulman et al. 2016, arXiv:1506.02438.
+    """
+    _assert_same_floats(r_t=r_t, v_tm1=v_tm1)
+    return n_step_returns(r_t, discount_t, v_t, lambda_t) - v_tm1
+
+
+def actor_loss(log_prob_tm1: Array, advantage_tm1: Array) -> Array:
+    r"""The policy gradient's surrogate loss.
+
+    .. math::
+      L = -\frac{1}{N} \sum \log \pi(a | s) \; \text{stop\_gradient}(A)
+
+    The advantage is a constant: no gradient reaches the critic through this loss.
+
+    >>> actor_loss(jnp.array([-1., -2.]), jnp.array([3., -1.]))
+    Array(0.5, dtype=float32)
+
+    Args:
+      log_prob_tm1: log-probabilities of the actions taken, `[T, ...]`, float, in nats.
+      advantage_tm1: their advantages, `[T, ...]`, float.
+
+    Returns:
+      The mean loss, a scalar.
+
+    Raises:
+      AssertionError: where shapes differ or an array is not of floats.
+
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4.
+    """
+    _assert_same_floats(log_prob_tm1=log_prob_tm1, advantage_tm1=advantage_tm1)
+    return -jnp.mean(log_prob_tm1 * jax.lax.stop_gradient(advantage_tm1))
+
+
+def critic_loss(v_tm1: Array, return_tm1: Array) -> Array:
+    r"""Half the mean squared error of the values against their returns.
+
+    .. math::
+      L = \frac{1}{N} \sum \tfrac{1}{2} \left( \text{stop\_gradient}(G) - v \right)^2
+
+    The return is a constant: the critic moves towards it and never drags it along.
+
+    >>> critic_loss(jnp.array([1., 2.]), jnp.array([3., 2.]))
+    Array(1., dtype=float32)
+
+    Args:
+      v_tm1: values of the observations acted upon, `[T, ...]`, float.
+      return_tm1: their returns, `[T, ...]`, float.
+
+    Returns:
+      The mean loss, a scalar.
+
+    Raises:
+      AssertionError: where shapes differ or an array is not of floats.
+
+    Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm S3 (whose squared error has no half).
+    """
+    _assert_same_floats(v_tm1=v_tm1, return_tm1=return_tm1)
+    return 0.5 * jnp.mean(jnp.square(jax.lax.stop_gradient(return_tm1) - v_tm1))
+
+
+def entropy_loss(entropy_tm1: Array) -> Array:
+    r"""Minus the mean entropy, so that *adding* it, times a positive cost, rewards exploration.
+
+    .. math::
+      L = -\frac{1}{N} \sum H(\pi(\cdot | s))
+
+    >>> entropy_loss(jnp.array([0.25, 0.75]))
+    Array(-0.5, dtype=float32)
+
+    Args:
+      entropy_tm1: entropies of the whole action distributions, `[T, ...]`, float, in nats.
+
+    Returns:
+      The mean loss, a scalar: never positive for a categorical distribution.
+
+    Raises:
+      AssertionError: where the array is not of floats.
+
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4, after Williams & Peng 1991.
+    """
+    _assert_same_floats(entropy_tm1=entropy_tm1)
+    return -jnp.mean(entropy_tm1)
+
+
+def explained_variance(v_tm1: Array, return_tm1: Array) -> Array:
+    r"""The share of the returns' variance that the critic explains.
+
+    .. math::
+      1 - \frac{\text{Var}[G - v]}{\text{Var}[G]}
+
+    One is a perfect critic, zero no better than a constant, negative worse than a constant. Where the
+    returns do not vary it is zero.
+
+    >>> explained_variance(jnp.array([1., 2.]), jnp.array([1., 3.]))
+    Array(0.75, dtype=float32)
+
+    Args:
+      v_tm1: values, `[T, ...]`, float.
+      return_tm1: returns, `[T, ...]`, float.
+
+    Returns:
+      A scalar, at most one.
+
+    Raises:
+      AssertionError: where shapes differ or an array is not of floats.
+    """
+    _assert_same_floats(v_tm1=v_tm1, return_tm1=return_tm1)
+    variance = jnp.var(return_tm1)
+    varies = variance > 0.0
+    return jnp.where(
+        varies, 1.0 - jnp.var(return_tm1 - v_tm1) / jnp.where(varies, variance, 1.0), 0.0
+    )
+
+
+def a3c_loss(
+    params: Any,
+    apply_fn: Callable[[Any, Any], tuple[Any, Array, Array]],
+    trajectory: Any,
+    *,
+    discount: float = 0.99,
+    critic_cost: float = 0.5,
+    entropy_cost: float = 0.01,
+) -> tuple[Array, Metrics]:
+    r"""The loss whose gradient an A3C worker sends to the shared parameters.
+
+    .. math::
+      L = L_{actor} + c_{critic} L_{critic} + c_{entropy} L_{entropy}
+
+    Args:
+      params: the parameters to differentiate: any tree, Flax's for instance.
+      apply_fn: `apply_fn(params, trajectory) -> (distribution_tm1, v_tm1, v_t)`: the policy's
+        distribution and the value at every observation acted upon, and the value of every observation
+        that followed. `a3c_jax.networks.trajectory_apply(network)` makes one from a Flax network.
+      trajectory: anything with `action_tm1`, `reward_t`, `terminated_t` and `truncated_t`, each
+        `[T, ...]` (a continuous action may have one more dimension), and whatever `apply_fn` reads:
+        `a3c_jax.rollout.Trajectory` for instance.
+      discount: the factor gamma, per step, in [0, 1].
+      critic_cost: the weight of `critic_loss`. With the half inside that loss, 0.5 gives the
+        `0.25 (R - V)^2` that the common implementations share; the paper names no value.
+      entropy_cost: the weight of `entropy_loss`, the paper's beta.
+
+    Returns:
+      The scalar loss and its parts: `loss`, `actor_loss`, `critic_loss`, `entropy_loss`, `entropy`
+      (the mean entropy, in nats: minus `entropy_loss`), `mean_advantage` and `explained_variance`.
+
+    Raises:
+      AssertionError: where shapes differ or an array is not of floats.
+
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3.
+    """
+    distribution_tm1, v_tm1, v_t = apply_fn(params, trajectory)
+    r_t = trajectory.reward_t
+    discount_t = discount * (1.0 - trajectory.terminated_t.astype(r_t.dtype))
+    lambda_t = 1.0 - trajectory.truncated_t.astype(r_t.dtype)
+    _assert_same_floats(r_t=r_t, v_tm1=v_tm1)
+    return_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
+    advantage_tm1 = return_tm1 - v_tm1
+
+    actor = actor_loss(distribution_tm1.log_prob(trajectory.action_tm1), advantage_tm1)
+    critic = critic_loss(v_tm1, return_tm1)
+    entropy = entropy_loss(distribution_tm1.entropy())
+    loss = actor + critic_cost * critic + entropy_cost * entropy
+    return loss, {
+        "loss": loss,
+        "actor_loss": actor,
+        "critic_loss": critic,
+        "entropy_loss": entropy,
+        "entropy": -entropy,
+        "mean_advantage": jnp.mean(advantage_tm1),
+        "explained_variance": explained_variance(v_tm1, return_tm1),
+    }

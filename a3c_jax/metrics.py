@@ -1,0 +1,156 @@
+"""What a run reports: exact counters, the log of every episode, and the sinks that show them."""
+
+import json
+import time
+from array import array
+from collections import deque
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+Row = dict[str, float]
+
+
+class EpisodeLog(NamedTuple):
+    """Every episode that ended during a run, in the order of the updates that reported them.
+
+    Attributes:
+      worker: who played it, `[E]` int32.
+      episode_return: the undiscounted sum of the environment's own rewards, `[E]` float64.
+      length: its number of steps, `[E]` int32.
+      environment_steps: steps of all workers together when it was reported, `[E]` int64.
+      seconds: since the threads started, `[E]` float64.
+    """
+
+    worker: np.ndarray
+    episode_return: np.ndarray
+    length: np.ndarray
+    environment_steps: np.ndarray
+    seconds: np.ndarray
+
+
+class Counters:
+    """The exact totals of a run and its episodes. Written under the store's lock, so that they belong to its cut.
+
+    Args:
+      steps_per_update: environment steps that each update reports.
+      window: number of episodes in the running mean.
+    """
+
+    def __init__(self, steps_per_update: int, window: int) -> None:
+        self.updates = 0
+        self.episodes = 0
+        self.environment_steps = 0
+        self.mean_return: float | None = None
+        """Mean return of the last `window` episodes; None before there are so many."""
+        self._steps_per_update = steps_per_update
+        self._recent: deque[float] = deque(maxlen=window)
+        self._staleness = 0
+        self._max_staleness = 0
+        self._metrics: dict[str, Any] = {}
+        self._started = time.perf_counter()
+        self._last_row = (self._started, 0, 0, 0)
+        self._columns = tuple(array(code) for code in "idiqd")
+
+    def start_clock(self) -> None:
+        """Starts the clock that `seconds` counts from."""
+        self._started = time.perf_counter()
+        self._last_row = (self._started, self.environment_steps, self.updates, self._staleness)
+
+    def record(
+        self,
+        worker: int,
+        staleness: int,
+        metrics: dict[str, Any],
+        returns: np.ndarray,
+        lengths: np.ndarray,
+    ) -> None:
+        """Counts one update and the episodes that ended in its segment."""
+        self.updates += 1
+        self.environment_steps += self._steps_per_update
+        self._staleness += staleness
+        self._max_staleness = max(self._max_staleness, staleness)
+        self._metrics = metrics
+        if not returns.size:
+            return
+        self.episodes += returns.size
+        seconds = time.perf_counter() - self._started
+        rows = [(worker,), returns, lengths, (self.environment_steps,), (seconds,)]
+        for column, values in zip(self._columns, rows, strict=True):
+            column.extend(list(values) * (returns.size if len(values) == 1 else 1))
+        self._recent.extend(returns.tolist())
+        if len(self._recent) == self._recent.maxlen:
+            self.mean_return = sum(self._recent) / len(self._recent)
+
+    def row(self) -> Row:
+        """The totals so far and the rates since the last call, as one row for the sinks."""
+        now, steps, updates, staleness = (
+            time.perf_counter(), self.environment_steps, self.updates, self._staleness,
+        )  # fmt: skip
+        then, steps_then, updates_then, staleness_then = self._last_row
+        self._last_row = (now, steps, updates, staleness)
+        recent = list(self._recent)
+        row = {
+            "seconds": now - self._started,
+            "environment_steps": steps,
+            "episodes": self.episodes,
+            "updates": updates,
+            "steps_per_second": (steps - steps_then) / max(now - then, 1e-9),
+            "mean_return": sum(recent) / len(recent) if recent else float("nan"),
+            "staleness": (staleness - staleness_then) / max(updates - updates_then, 1),
+            "max_staleness": self._max_staleness,
+        }
+        return row | {name: float(value) for name, value in self._metrics.items()}
+
+    def log(self) -> EpisodeLog:
+        """A copy of the log of episodes so far."""
+        dtypes = (np.int32, np.float64, np.int32, np.int64, np.float64)
+        return EpisodeLog(*(np.array(c, d) for c, d in zip(self._columns, dtypes, strict=True)))
+
+
+class Sink(Protocol):
+    """Somewhere to send rows to. `train` calls a sink from one thread only."""
+
+    def write(self, row: Row) -> None:
+        """Takes one row; rows come at most a few times a second, and once at the end."""
+        ...
+
+    def close(self) -> None:
+        """Called once, however the run ended."""
+        ...
+
+
+class JsonLines:
+    """Appends each row to a file as one JSON object a line; NaN and infinity become null."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, row: Row) -> None:
+        values = {k: v if np.isfinite(v) else None for k, v in row.items()}
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ProgressBar:
+    """A progress bar over environment steps, with episodes, updates, mean return and staleness beside it."""
+
+    def __init__(self, max_steps: int | None, window: int = 100, **options: Any) -> None:
+        self._window = window
+        self._bar = tqdm(total=max_steps, unit="step", unit_scale=True, dynamic_ncols=True, **options)
+
+    def write(self, row: Row) -> None:
+        self._bar.set_postfix_str(
+            f"{row['episodes']:,} episodes, mean of last {self._window}: {row['mean_return']:.1f}, "
+            f"{row['updates']:,} updates, staleness {row['staleness']:.2f}",
+            refresh=False,
+        )
+        self._bar.update(row["environment_steps"] - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()

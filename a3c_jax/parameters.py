@@ -1,0 +1,198 @@
+"""The one set of parameters that all workers share, and the optimizers that move it."""
+
+import threading
+from array import array
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+
+class Snapshot(NamedTuple):
+    """The parameters at one moment.
+
+    Attributes:
+      params: the parameter tree. It is immutable: a snapshot is a reference, never a copy.
+      version: the number of updates applied to it.
+    """
+
+    params: Any
+    version: int
+
+
+class Schedule(NamedTuple):
+    """Which worker made each update, and from which version: row k led from version k to k + 1.
+
+    Attributes:
+      worker: `[updates]` int32.
+      pulled_version: `[updates]` int64. The update's staleness is k minus this.
+    """
+
+    worker: np.ndarray
+    pulled_version: np.ndarray
+
+    @property
+    def staleness(self) -> np.ndarray:
+        """How many updates others applied between each update's pull and its apply, `[updates]` int64."""
+        return np.arange(len(self.worker)) - self.pulled_version
+
+
+class SharedParameters:
+    """Parameters, optimizer state and version, swapped whole under one lock.
+
+    JAX arrays are immutable, so that a reader can never see a half-written update. Nothing is donated,
+    since another thread may still hold any version.
+
+    Args:
+      params: the initial parameters, any tree (the training loop uses one flat vector).
+      optimizer: an optax transformation. One whose update takes the extra argument `worker` learns which
+        worker sent the gradients.
+    """
+
+    def __init__(self, params: Any, optimizer: optax.GradientTransformation) -> None:
+        self._optimizer = optax.with_extra_args_support(optimizer)
+        self._update = jax.jit(self._apply_gradients)
+        self._lock = threading.Lock()
+        self._opt_state = self._optimizer.init(params)
+        self._snapshot = Snapshot(params, 0)
+        self._workers = array("i")
+        self._pulled_versions = array("q")
+
+    def pull(self) -> Snapshot:
+        """The current parameters and their version, consistent with each other. Needs no lock."""
+        return self._snapshot
+
+    def apply(
+        self,
+        gradients: Any,
+        pulled_version: int,
+        worker: int = 0,
+        commit: Callable[[Snapshot, int], None] | None = None,
+    ) -> int:
+        """Moves the parameters along one worker's gradients.
+
+        Args:
+          gradients: a tree like the parameters. Wait for it (`jax.block_until_ready`) before the call,
+            so that the lock is held for the update alone.
+          pulled_version: the version of the snapshot that the gradients were computed from.
+          worker: who computed them.
+          commit: called as `commit(new_snapshot, staleness)` with the lock held: whatever it records
+            belongs to the same consistent cut of the run as the update.
+
+        Returns:
+          The staleness: how many updates were applied between the pull and this call.
+
+        Raises:
+          ValueError: where `pulled_version` is not the number of a version up to the current one.
+        """
+        with self._lock:
+            params, version = self._snapshot
+            staleness = version - pulled_version
+            if not 0 <= pulled_version <= version:
+                raise ValueError(
+                    f"pulled_version must lie in [0, {version}], the versions so far, got "
+                    f"{pulled_version}; pass the version of the snapshot that was pulled."
+                )
+            params, self._opt_state = self._update(gradients, self._opt_state, params, worker)
+            self._snapshot = Snapshot(params, version + 1)
+            self._workers.append(worker)
+            self._pulled_versions.append(pulled_version)
+            if commit is not None:
+                commit(self._snapshot, staleness)
+        return staleness
+
+    def compile(self, gradients: Any) -> None:
+        """Compiles the update for gradients like these, without applying it."""
+        jax.block_until_ready(self._update(gradients, self._opt_state, self._snapshot.params, 0))
+
+    @property
+    def opt_state(self) -> Any:
+        """The optimizer's state."""
+        return self._opt_state
+
+    @property
+    def schedule(self) -> Schedule:
+        """A copy of the schedule of updates so far."""
+        with self._lock:
+            return Schedule(
+                np.array(self._workers, np.int32), np.array(self._pulled_versions, np.int64)
+            )
+
+    def _apply_gradients(
+        self, gradients: Any, opt_state: Any, params: Any, worker: Any
+    ) -> tuple[Any, Any]:
+        updates, opt_state = self._optimizer.update(gradients, opt_state, params, worker=worker)
+        return optax.apply_updates(params, updates), opt_state
+
+
+def per_worker(
+    inner: optax.GradientTransformation, num_workers: int
+) -> optax.GradientTransformationExtraArgs:
+    """Gives each worker its own state of `inner`; `update` takes the extra argument `worker`."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        state = inner.init(params)
+        return jax.tree.map(lambda x: jax.numpy.stack([x] * num_workers), state)
+
+    def update(updates: Any, state: Any, params: Any = None, *, worker: Any, **extra: Any) -> Any:
+        own = jax.tree.map(lambda x: x[worker], state)
+        updates, own = inner.update(updates, own, params, **extra)
+        return updates, jax.tree.map(lambda x, y: x.at[worker].set(y), state, own)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def make_optimizer(
+    name: str,
+    *,
+    learning_rate: float,
+    anneal_over: int | None = None,
+    max_gradient_norm: float | None = None,
+    momentum: float = 0.9,
+    rmsprop_decay: float = 0.99,
+    rmsprop_epsilon: float = 1e-5,
+    num_workers: int = 1,
+) -> optax.GradientTransformation:
+    r"""An optimizer by name, with clipping and a learning-rate schedule.
+
+    RMSProp is the paper's, with epsilon inside the root and statistics that begin at zero:
+
+    .. math::
+      g \leftarrow \alpha g + (1 - \alpha) \Delta^2, \quad
+      \theta \leftarrow \theta - \eta \Delta / \sqrt{g + \epsilon}
+
+    Args:
+      name: `adam`; `momentum`, SGD with heavy-ball momentum; `shared_rmsprop`, whose statistics all
+        workers share; `rmsprop`, which keeps statistics for each worker.
+      learning_rate: the step size, or the first one where it is annealed.
+      anneal_over: number of updates over which it falls linearly to zero; None keeps it constant.
+      max_gradient_norm: gradients of a larger global norm are scaled down to it; None never scales.
+      momentum: the decay of the velocity.
+      rmsprop_decay: the decay of the squared gradients, alpha.
+      rmsprop_epsilon: epsilon.
+      num_workers: how many workers `rmsprop` keeps statistics for.
+
+    Raises:
+      ValueError: where the name is unknown.
+
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and its supplement, section 7.
+    """
+    rms = optax.scale_by_rms(decay=rmsprop_decay, eps=rmsprop_epsilon, eps_in_sqrt=True)
+    directions = {
+        "adam": optax.scale_by_adam(),
+        "momentum": optax.trace(decay=momentum),
+        "shared_rmsprop": rms,
+        "rmsprop": per_worker(rms, num_workers),
+    }
+    if name not in directions:
+        raise ValueError(
+            f"optimizer must be one of {', '.join(directions)}, got {name!r}; use 'adam'."
+        )
+    rate = learning_rate
+    if anneal_over is not None:
+        rate = optax.linear_schedule(learning_rate, 0.0, anneal_over)
+    clip = optax.identity() if max_gradient_norm is None else optax.clip_by_global_norm(max_gradient_norm)
+    return optax.chain(clip, directions[name], optax.scale_by_learning_rate(rate))

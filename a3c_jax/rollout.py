@@ -1,0 +1,125 @@
+"""Playing: n steps of N environments in one scan, with nothing lost between segments."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from a3c_jax.environments import Environment
+
+Array = jax.Array
+
+
+class Trajectory(NamedTuple):
+    """A segment of T steps of N environments: what the loss learns from.
+
+    Episodes may end and others begin inside it.
+
+    Attributes:
+      observation_tm1: what was acted upon, `[T, N, ...]`.
+      action_tm1: what was done, `[T, N]` int32.
+      reward_t: what it earned, `[T, N]` float32.
+      terminated_t: whether it ended the episode, `[T, N]` bool.
+      truncated_t: whether a time limit then cut the episode, `[T, N]` bool.
+      observation_t: what followed, before any reset, `[T, N, ...]`.
+    """
+
+    observation_tm1: Array
+    action_tm1: Array
+    reward_t: Array
+    terminated_t: Array
+    truncated_t: Array
+    observation_t: Array
+
+
+class Episodes(NamedTuple):
+    """The episodes that ended inside a segment.
+
+    Attributes:
+      ended: whether an episode ended at this step, `[T, N]` bool.
+      episode_return: the undiscounted sum of rewards from its first step on, `[T, N]` float32, in the
+        environment's own rewards. Meaningful where `ended`.
+      length: its number of steps, `[T, N]` int32. Meaningful where `ended`.
+    """
+
+    ended: Array
+    episode_return: Array
+    length: Array
+
+
+class RolloutState(NamedTuple):
+    """What carries on from one segment to the next.
+
+    Attributes:
+      key: the source of all randomness to come.
+      environment: the environments' states, a tree of `[N, ...]`.
+      observation: what to act upon next, `[N, ...]`.
+      episode_return: the running episodes' returns so far, `[N]` float32.
+      episode_length: their numbers of steps so far, `[N]` int32.
+    """
+
+    key: Array
+    environment: Any
+    observation: Array
+    episode_return: Array
+    episode_length: Array
+
+
+def start(environment: Environment, key: Array, num_envs: int) -> RolloutState:
+    """Resets `num_envs` environments and makes the state of the first segment."""
+    key, reset_key = jax.random.split(key)
+    observation, state = environment.reset(reset_key, num_envs)
+    return RolloutState(
+        key, state, observation, jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32)
+    )
+
+
+def unroll(
+    environment: Environment,
+    policy: Callable[[Array, Array], Array],
+    state: RolloutState,
+    num_steps: int,
+) -> tuple[RolloutState, Trajectory, Episodes]:
+    """Plays `num_steps` steps in each environment.
+
+    Args:
+      environment: what to play.
+      policy: `policy(key, observation) -> action`, from `[N, ...]` to `[N]`.
+      state: where to go on from.
+      num_steps: T, a Python integer.
+
+    Returns:
+      The state to go on from, the trajectory, and the episodes that ended on the way.
+    """
+    key, segment_key = jax.random.split(state.key)
+
+    def step(
+        state: RolloutState, key: Array
+    ) -> tuple[RolloutState, tuple[Trajectory, Episodes]]:
+        action_key, environment_key = jax.random.split(key)
+        action = policy(action_key, state.observation)
+        transition = environment.step(environment_key, state.environment, action)
+        ended = transition.terminated | transition.truncated
+        episode_return = state.episode_return + transition.reward
+        episode_length = state.episode_length + 1
+        trajectory = Trajectory(
+            observation_tm1=state.observation,
+            action_tm1=action,
+            reward_t=transition.reward,
+            terminated_t=transition.terminated,
+            truncated_t=transition.truncated,
+            observation_t=transition.final_observation,
+        )
+        next_state = state._replace(
+            environment=transition.state,
+            observation=transition.observation,
+            episode_return=jnp.where(ended, 0.0, episode_return),
+            episode_length=jnp.where(ended, 0, episode_length),
+        )
+        return next_state, (trajectory, Episodes(ended, episode_return, episode_length))
+
+    state, (trajectory, episodes) = jax.lax.scan(
+        step, state._replace(key=key), jax.random.split(segment_key, num_steps)
+    )
+    return state, trajectory, episodes

@@ -1,0 +1,132 @@
+"""Worker threads over an opaque step function: start, stop, errors, budget.
+
+Each thread repeats: pull a snapshot, call the step, apply its gradients. Nothing here knows of
+environments, networks or losses, so that the asynchrony can be read, and tested, by itself.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from a3c_jax.parameters import SharedParameters, Snapshot
+
+Step = Callable[[Any, Any], tuple[Any, Any, Any]]
+Commit = Callable[[int, Snapshot, int, Any], None]
+
+
+class WorkerError(RuntimeError):
+    """A worker thread failed; `__cause__` is its exception.
+
+    Attributes:
+      worker: which worker.
+    """
+
+    def __init__(self, worker: int, error: BaseException) -> None:
+        super().__init__(f"worker {worker} failed with {type(error).__name__}: {error}")
+        self.worker = worker
+
+
+class WorkerThreads:
+    """The threads of one run.
+
+    Args:
+      step: `step(params, state) -> (gradients, state, record)`. It must have finished computing when it
+        returns, so that no one waits for it with the lock held.
+      store: the parameters they share.
+      states: each worker's initial state; one thread is made for each.
+      on_commit: called as `on_commit(worker, new_snapshot, staleness, record)` after each update, with
+        the store's lock held.
+      max_updates: how many updates to make, all threads together, exactly; None sets no limit.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        store: SharedParameters,
+        states: Sequence[Any],
+        *,
+        on_commit: Commit | None = None,
+        max_updates: int | None = None,
+    ) -> None:
+        self.states = list(states)
+        """Each worker's state as of its last update."""
+        self._step = step
+        self._store = store
+        self._on_commit = on_commit
+        self._max_updates = max_updates
+        self._begun = 0
+        self._running = len(self.states)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._finished = threading.Event()
+        self._error: WorkerError | None = None
+
+    def run(self, on_tick: Callable[[], None] | None = None, interval: float = 0.5) -> None:
+        """Runs the threads until the budget is spent, `stop` is called, or one of them fails.
+
+        However it ends, by an exception of `on_tick` or Ctrl-C too, no thread is alive afterwards.
+
+        Args:
+          on_tick: called from this thread every `interval` seconds.
+          interval: seconds between two calls.
+
+        Raises:
+          WorkerError: the first exception of a worker, as its cause.
+        """
+        threads = [
+            threading.Thread(target=self._work, args=(worker,), name=f"a3c-worker-{worker}")
+            for worker in range(len(self.states))
+        ]
+        started = []
+        try:
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+            while not self._finished.wait(interval):
+                if on_tick is not None:
+                    on_tick()
+        finally:
+            self.stop()
+            for thread in started:
+                thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        """Asks every thread to end after the segment it is playing. Any thread may call this."""
+        self._stop.set()
+
+    def _claim(self) -> bool:
+        """Takes one update out of the budget, before it is begun; False where none is left."""
+        with self._lock:
+            if self._begun == self._max_updates:
+                return False
+            self._begun += 1
+            return True
+
+    def _work(self, worker: int) -> None:
+        try:
+            while not self._stop.is_set() and self._claim():
+                params, version = self._store.pull()
+                gradients, state, record = self._step(params, self.states[worker])
+
+                def commit(
+                    snapshot: Snapshot, staleness: int, state: Any = state, record: Any = record
+                ) -> None:
+                    self.states[worker] = state
+                    if self._on_commit is not None:
+                        self._on_commit(worker, snapshot, staleness, record)
+
+                self._store.apply(gradients, version, worker, commit)
+        except BaseException as error:
+            with self._lock:
+                if self._error is None:
+                    self._error = WorkerError(worker, error)
+                    self._error.__cause__ = error
+            self._stop.set()
+            self._finished.set()
+        finally:
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    self._finished.set()

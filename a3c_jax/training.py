@@ -1,0 +1,273 @@
+"""`train`: wires the layers below together, and nothing else."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from a3c_jax import environments, rollout
+from a3c_jax.config import A3CConfig
+from a3c_jax.metrics import Counters, EpisodeLog, Sink
+from a3c_jax.networks import ActorCritic
+from a3c_jax.packing import Packing
+from a3c_jax.parameters import Schedule, SharedParameters, Snapshot, make_optimizer
+from a3c_jax.threads import WorkerThreads
+from a3c_jax.worker import make_worker_step
+
+
+class TrainResult(NamedTuple):
+    """What a run leaves behind.
+
+    Attributes:
+      config: its configuration.
+      environment: what was played, for evaluation for instance.
+      network: the network; `network.apply(params, observation)` gives a distribution and values.
+      params: the final parameters, Flax variables.
+      best_params: those at the highest mean return of the last `config.solved_window` episodes; the
+        final ones where fewer episodes ended.
+      best_mean_return: that mean, or None.
+      opt_state: the optimizer's state, over the parameters as one flat vector.
+      version: number of updates.
+      environment_steps: number of environment steps, all workers together.
+      overshoot: how many of them were beyond `config.max_steps`: less than one segment.
+      episodes: every episode that ended.
+      schedule: which worker made each update, from which version.
+      stop_reason: `solved`, `max_steps`, `max_episodes` or `interrupted`.
+      wall_clock: seconds spent on `setup` (environment, network, initial states), `compile` and `train`.
+    """
+
+    config: A3CConfig
+    environment: environments.Environment
+    network: nn.Module
+    params: Any
+    best_params: Any
+    best_mean_return: float | None
+    opt_state: Any
+    version: int
+    environment_steps: int
+    overshoot: int
+    episodes: EpisodeLog
+    schedule: Schedule
+    stop_reason: str
+    wall_clock: dict[str, float]
+
+    @property
+    def evaluation_key(self) -> jax.Array:
+        """A key for evaluation that no worker has used."""
+        return _keys(self.config.seed)[2]
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `train`.
+
+    Attributes:
+      result: what the run came to until then.
+    """
+
+    def __init__(self, result: TrainResult) -> None:
+        super().__init__("training was interrupted")
+        self.result = result
+
+
+def train(
+    config: A3CConfig,
+    *,
+    environment: environments.Environment | None = None,
+    network: nn.Module | None = None,
+    sinks: Sequence[Sink] = (),
+    interval: float = 0.5,
+) -> TrainResult:
+    """Trains an actor-critic by asynchronous advantage actor-critic (A3C).
+
+    >>> from a3c_jax import A3CConfig, train
+    >>> train(A3CConfig(num_workers=2, max_steps=100)).version
+    20
+
+    Args:
+      config: the configuration.
+      environment: what to play instead of the environment that the configuration names: an object of the
+        protocol `a3c_jax.environments.Environment`.
+      network: what to train instead of the network that the configuration describes: a module like
+        `a3c_jax.networks.ActorCritic`.
+      sinks: where to send rows of metrics; none by default, so that the call is silent. They are closed
+        at the end.
+      interval: seconds between two rows.
+
+    Returns:
+      The final and the best parameters, and the record of how they came about.
+
+    Raises:
+      ValueError: where the environment is unknown or not supported.
+      WorkerError: where a worker failed; its cause is the worker's exception.
+      TrainingInterrupted: a KeyboardInterrupt that carries the result so far.
+    """
+    try:
+        return _train(config, environment, network, sinks, interval)
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+def _train(
+    config: A3CConfig,
+    environment: environments.Environment | None,
+    network: nn.Module | None,
+    sinks: Sequence[Sink],
+    interval: float,
+) -> TrainResult:
+    clock = _Clock()
+    environment = environment or environments.make(config.environment)
+    network = network or ActorCritic(
+        num_actions=environment.num_actions,
+        hidden_sizes=config.hidden_sizes,
+        activation=config.activation,
+        shared_torso=config.shared_torso,
+        observation_ndim=len(environment.observation_shape),
+    )
+    network_key, workers_key, _ = _keys(config.seed)
+
+    # The store holds one flat vector, and a worker's state is one packed vector: an array that enters or
+    # leaves a compiled call costs microseconds, however small. The tree is rebuilt inside the program.
+    @jax.jit
+    def start(worker: Any) -> rollout.RolloutState:
+        key = jax.random.fold_in(workers_key, worker)
+        return rollout.start(environment, key, config.envs_per_worker)
+
+    states = [start(worker) for worker in range(config.num_workers)]
+    tree = jax.jit(network.init)(network_key, states[0].observation)
+    flat_params, unravel = ravel_pytree(tree)
+    clock.lap("setup")
+
+    worker_step = make_worker_step(
+        environment,
+        network,
+        t_max=config.t_max,
+        discount=config.discount,
+        critic_cost=config.critic_cost,
+        entropy_cost=config.entropy_cost,
+        terminal_reward=config.terminal_reward,
+    )
+    state_packing = Packing(states[0])
+    statistics_packing = Packing(jax.eval_shape(worker_step, tree, states[0])[2])
+
+    @jax.jit
+    def packed_step(flat_params: Any, packed_state: Any) -> tuple[Any, Any, Any]:
+        params, state = unravel(flat_params), state_packing.unpack(packed_state)
+        gradients, state, statistics = worker_step(params, state)
+        return (
+            ravel_pytree(gradients)[0],
+            state_packing.pack(state),
+            statistics_packing.pack(statistics),
+        )
+
+    def step(flat_params: Any, packed_state: Any) -> tuple[Any, Any, Any]:
+        outputs = packed_step(flat_params, packed_state)
+        gradients, packed_state, statistics = jax.block_until_ready(outputs)
+        metrics, episodes = statistics_packing.unpack_on_host(statistics)
+        ended = episodes.ended
+        record = (metrics, episodes.episode_return[ended], episodes.length[ended])
+        return gradients, packed_state, record
+
+    store = SharedParameters(
+        flat_params,
+        make_optimizer(
+            config.optimizer,
+            learning_rate=config.learning_rate,
+            anneal_over=config.max_updates if config.learning_rate_schedule == "linear" else None,
+            max_gradient_norm=config.max_gradient_norm,
+            momentum=config.momentum,
+            rmsprop_decay=config.rmsprop_decay,
+            rmsprop_epsilon=config.rmsprop_epsilon,
+            num_workers=config.num_workers,
+        ),
+    )
+    packed_states = [jax.jit(state_packing.pack)(state) for state in states]
+    gradients, _, _ = step(flat_params, packed_states[0])  # compiles; the outcome is not used
+    store.compile(gradients)
+    clock.lap("compile")
+
+    counters = Counters(config.steps_per_update, config.solved_window)
+    best: tuple[float | None, Snapshot] = (None, store.pull())
+    stop_reason = "max_steps"
+
+    def on_commit(worker: int, snapshot: Snapshot, staleness: int, record: Any) -> None:
+        nonlocal best, stop_reason
+        metrics, returns, lengths = record
+        counters.record(worker, staleness, metrics, returns, lengths)
+        mean_return = counters.mean_return
+        if not returns.size or stop_reason != "max_steps":
+            return
+        if mean_return is not None:
+            if best[0] is None or mean_return > best[0]:
+                best = (mean_return, snapshot)
+            if config.solved_return is not None and mean_return >= config.solved_return:
+                stop_reason = "solved"
+                threads.stop()
+        if config.max_episodes is not None and counters.episodes >= config.max_episodes:
+            stop_reason = "max_episodes"
+            threads.stop()
+
+    def write() -> None:
+        row = counters.row()
+        for sink in sinks:
+            sink.write(row)
+
+    threads = WorkerThreads(
+        step, store, packed_states, on_commit=on_commit, max_updates=config.max_updates
+    )
+
+    def result() -> TrainResult:
+        final = store.pull()
+        best_params = final.params if best[0] is None else best[1].params
+        return TrainResult(
+            config=config,
+            environment=environment,
+            network=network,
+            params=unravel(final.params),
+            best_params=unravel(best_params),
+            best_mean_return=best[0],
+            opt_state=store.opt_state,
+            version=final.version,
+            environment_steps=counters.environment_steps,
+            overshoot=max(0, counters.environment_steps - (config.max_steps or float("inf"))),
+            episodes=counters.log(),
+            schedule=store.schedule,
+            stop_reason=stop_reason,
+            wall_clock=clock.laps,
+        )
+
+    counters.start_clock()
+    try:
+        threads.run(write if sinks else None, interval)
+    except KeyboardInterrupt:
+        stop_reason = "interrupted"
+        clock.lap("train")
+        write()
+        raise TrainingInterrupted(result()) from None
+    clock.lap("train")
+    write()
+    return result()
+
+
+def _keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys of the network, the workers and the evaluation."""
+    network, workers, evaluation = jax.random.split(jax.random.key(seed), 3)
+    return network, workers, evaluation
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now

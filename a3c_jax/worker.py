@@ -1,0 +1,83 @@
+"""A worker as a pure function: play a segment, return the gradients of its loss.
+
+    (parameters, worker state)  ->  (gradients, worker state, statistics)
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from a3c_jax import rollout
+from a3c_jax.environments import Environment
+from a3c_jax.losses import a3c_loss
+from a3c_jax.networks import trajectory_apply
+
+Array = jax.Array
+WorkerState = rollout.RolloutState
+
+
+class Statistics(NamedTuple):
+    """What a segment reports.
+
+    Attributes:
+      metrics: the parts of the loss (`a3c_jax.losses.a3c_loss`) and `gradient_norm`, scalars.
+      episodes: the episodes that ended.
+    """
+
+    metrics: dict[str, Array]
+    episodes: rollout.Episodes
+
+
+WorkerStep = Callable[[Any, WorkerState], tuple[Any, WorkerState, Statistics]]
+
+
+def make_worker_step(
+    environment: Environment,
+    network: nn.Module,
+    *,
+    t_max: int,
+    discount: float,
+    critic_cost: float,
+    entropy_cost: float,
+    terminal_reward: float | None = None,
+) -> WorkerStep:
+    """Makes the function that every worker thread calls again and again.
+
+    Args:
+      environment: what to play.
+      network: a module like `a3c_jax.networks.ActorCritic`.
+      t_max: steps played in each environment between two updates.
+      discount: the factor gamma, per step.
+      critic_cost: weight of the critic's loss.
+      entropy_cost: weight of the entropy loss.
+      terminal_reward: if given, what the loss sees as the reward of a step that terminated its episode.
+
+    Returns:
+      `worker_step(params, state) -> (gradients, state, statistics)`: pure, to be compiled by its caller.
+    """
+    apply_fn = trajectory_apply(network)
+
+    def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, Statistics]:
+        def policy(key: Array, observation: Array) -> Array:
+            return network.apply(params, observation, method="actor").sample(key)
+
+        state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max)
+        if terminal_reward is not None:
+            reward_t = jnp.where(trajectory.terminated_t, terminal_reward, trajectory.reward_t)
+            trajectory = trajectory._replace(reward_t=reward_t)
+        gradients, metrics = jax.grad(a3c_loss, has_aux=True)(
+            params,
+            apply_fn,
+            trajectory,
+            discount=discount,
+            critic_cost=critic_cost,
+            entropy_cost=entropy_cost,
+        )
+        squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
+        metrics["gradient_norm"] = jnp.sqrt(sum(squares))
+        return gradients, state, Statistics(metrics, episodes)
+
+    return worker_step
