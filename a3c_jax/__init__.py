@@ -8,6 +8,7 @@ above it (a test reads the imports and holds this table to it):
 | `losses`        | pure functions: n-step returns and advantages, actor, critic and entropy losses |
 | `distributions` | categorical and diagonal Gaussian                                               |
 | `config`        | `A3CConfig`, checked when it is made                                            |
+| `runtime`       | process settings for CPU, set before JAX starts                                 |
 | `packing`       | trees of small arrays as one vector, bit for bit                                |
 | `networks`      | Flax modules: torsos, heads, actor-critic                                       |
 | `environments`  | `make(name)`: one batched protocol over gymnax                                  |

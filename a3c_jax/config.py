@@ -35,10 +35,10 @@ class A3CConfig:
     """Seed of every random number of the run: the initial parameters, each worker, the evaluation."""
     num_workers: int = dataclasses.field(default_factory=available_cores)
     """Worker threads, each with its own environments; by default the number of cores."""
-    envs_per_worker: int = 1
+    envs_per_worker: int = 16
     """Environments that each worker plays side by side: 1 is the paper's actor-learner, more is the batched form."""
-    t_max: int = 5
-    """Steps that a worker plays in each of its environments between two updates."""
+    t_max: int = 16
+    """Steps that a worker plays in each of its environments between two updates; the paper's is 5."""
 
     discount: float = 0.99
     """The discount factor gamma, per step."""
@@ -51,10 +51,12 @@ class A3CConfig:
 
     optimizer: Optimizer = "adam"
     """Adam; momentum SGD; RMSProp with statistics shared by all workers (the paper's choice); or RMSProp with statistics for each worker."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """The optimizer's step size, or its initial value where the schedule is linear."""
     learning_rate_schedule: Schedule = "constant"
     """Constant, or annealed linearly to zero over max_steps, as in the paper."""
+    adam_epsilon: float = 1e-5
+    """Adam's epsilon, outside the square root."""
     momentum: float = 0.9
     """Momentum SGD's decay of the velocity."""
     rmsprop_decay: float = 0.99
@@ -71,7 +73,7 @@ class A3CConfig:
     shared_torso: bool = False
     """Actor and critic share the hidden layers (the paper) instead of each having their own (the article)."""
 
-    max_steps: int | None = 1_000_000
+    max_steps: int | None = 2_000_000
     """Budget in environment steps, all workers together; None sets no limit."""
     max_episodes: int | None = None
     """Budget in episodes, all workers together; None sets no limit."""
@@ -97,13 +99,18 @@ class A3CConfig:
 
         self._check_float("discount", lambda x: 0 <= x <= 1, "must lie in [0, 1]", "use 0.99")
         for name, default in (("critic_cost", 0.5), ("entropy_cost", 0.01)):
-            self._check_float(name, lambda x: x >= 0, "must be >= 0", f"use {default}, or 0 for none")
-        self._check_float("learning_rate", lambda x: x > 0, "must be > 0", "use 1e-3")
+            self._check_float(
+                name, lambda x: x >= 0, "must be >= 0", f"use {default}, or 0 for none"
+            )
+        self._check_float("learning_rate", lambda x: x > 0, "must be > 0", "use 2e-3")
         for name, default in (("momentum", 0.9), ("rmsprop_decay", 0.99)):
             self._check_float(name, lambda x: 0 <= x < 1, "must lie in [0, 1)", f"use {default}")
-        self._check_float("rmsprop_epsilon", lambda x: x > 0, "must be > 0", "use 1e-5")
+        for name in ("adam_epsilon", "rmsprop_epsilon"):
+            self._check_float(name, lambda x: x > 0, "must be > 0", "use 1e-5")
         if self.max_gradient_norm is not None:
-            self._check_float("max_gradient_norm", lambda x: x > 0, "must be > 0", "use None for no limit")
+            self._check_float(
+                "max_gradient_norm", lambda x: x > 0, "must be > 0", "use None for no limit"
+            )
         for name in ("terminal_reward", "solved_return"):
             if getattr(self, name) is not None:
                 self._check_float(name, lambda _: True, "must be a number", "use None for none")
@@ -112,7 +119,9 @@ class A3CConfig:
         self._check_choice("learning_rate_schedule", get_args(Schedule))
         self._check_choice("activation", get_args(Activation))
         if not isinstance(self.environment, str) or not self.environment:
-            self._fail("environment", "must be the name of an environment", "use 'CartPole-v1'", TypeError)
+            self._fail(
+                "environment", "must be the name of an environment", "use 'CartPole-v1'", TypeError
+            )
         if not isinstance(self.shared_torso, bool):
             self._fail("shared_torso", "must be True or False", "use False", TypeError)
         sizes = self.hidden_sizes
@@ -145,15 +154,15 @@ class A3CConfig:
         """The fields as plain values that JSON can hold."""
         return dataclasses.asdict(self)
 
-    def _fail(
-        self, name: str, rule: str, remedy: str, kind: type[Exception] = ValueError
-    ) -> None:
+    def _fail(self, name: str, rule: str, remedy: str, kind: type[Exception] = ValueError) -> None:
         raise kind(f"A3CConfig.{name} {rule}, got {getattr(self, name)!r}; {remedy}.")
 
     def _check_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
         if type(value) is not int:
-            self._fail(name, f"must be an integer >= {minimum}", f"use {minimum} or more", TypeError)
+            self._fail(
+                name, f"must be an integer >= {minimum}", f"use {minimum} or more", TypeError
+            )
         if value < minimum:
             self._fail(name, f"must be >= {minimum}", f"use {minimum} or more")
 

@@ -7,10 +7,15 @@ batched: every array has a leading dimension N, the number of environments.
 import difflib
 from typing import Any, NamedTuple, Protocol
 
-import gymnax
 import jax
 import jax.numpy as jnp
-from gymnax.environments import spaces
+
+from a3c_jax import runtime
+
+runtime.configure()  # before gymnax, which starts JAX's backend
+
+import gymnax  # noqa: E402
+from gymnax.environments import spaces  # noqa: E402
 
 Array = jax.Array
 
@@ -146,9 +151,13 @@ def make(name: str, **params: Any) -> GymnaxEnvironment:
     known = [*gymnax.registered_envs, *_VARIANTS]
     if base not in known:
         lowered = {k.lower(): k for k in known}
-        near = [lowered[k] for k in difflib.get_close_matches(str(name).lower(), lowered, cutoff=0.5)]
+        near = [
+            lowered[k] for k in difflib.get_close_matches(str(name).lower(), lowered, cutoff=0.5)
+        ]
         remedy = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
-        raise ValueError(f"environment must be a registered gymnax environment, got {name!r}; {remedy}")
+        raise ValueError(
+            f"environment must be a registered gymnax environment, got {name!r}; {remedy}"
+        )
     environment, defaults = gymnax.make(base)
     try:
         env_params = defaults.replace(**{**variant, **params})

@@ -31,17 +31,15 @@ class Evaluation(NamedTuple):
 @functools.cache
 def greedy_policy(network: nn.Module) -> Policy:
     """The policy that takes the most probable action."""
-    return lambda params, key, observation: network.apply(
-        params, observation, method="actor"
-    ).mode()
+    actor = _actor(network)
+    return lambda params, key, observation: actor(params, observation).mode()
 
 
 @functools.cache
 def sampled_policy(network: nn.Module) -> Policy:
     """The policy that samples its actions, as in training."""
-    return lambda params, key, observation: network.apply(
-        params, observation, method="actor"
-    ).sample(key)
+    actor = _actor(network)
+    return lambda params, key, observation: actor(params, observation).sample(key)
 
 
 @functools.cache
@@ -74,6 +72,10 @@ def evaluate(
         raise ValueError(f"num_episodes must be >= 1, got {num_episodes}; use 100.")
     returns, lengths = _play(policy, environment, num_episodes, params, key)
     return Evaluation(np.asarray(returns), np.asarray(lengths))
+
+
+def _actor(network: nn.Module) -> Callable[..., Any]:
+    return functools.partial(network.apply, method="actor")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -4,6 +4,7 @@ import json
 import time
 from array import array
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -52,7 +53,8 @@ class Counters:
         self._metrics: dict[str, Any] = {}
         self._started = time.perf_counter()
         self._last_row = (self._started, 0, 0, 0)
-        self._columns = tuple(array(code) for code in "idiqd")
+        self._reported = 0
+        self._columns: list[array[Any]] = [array(code) for code in "idiqd"]
 
     def start_clock(self) -> None:
         """Starts the clock that `seconds` counts from."""
@@ -75,11 +77,18 @@ class Counters:
         self._metrics = metrics
         if not returns.size:
             return
-        self.episodes += returns.size
+        count = returns.size
         seconds = time.perf_counter() - self._started
-        rows = [(worker,), returns, lengths, (self.environment_steps,), (seconds,)]
-        for column, values in zip(self._columns, rows, strict=True):
-            column.extend(list(values) * (returns.size if len(values) == 1 else 1))
+        columns: tuple[Iterable[Any], ...] = (
+            [worker] * count,
+            returns,
+            lengths,
+            [self.environment_steps] * count,
+            [seconds] * count,
+        )
+        for column, values in zip(self._columns, columns, strict=True):
+            column.extend(values)
+        self.episodes += count  # last: another thread may read the columns up to here
         self._recent.extend(returns.tolist())
         if len(self._recent) == self._recent.maxlen:
             self.mean_return = sum(self._recent) / len(self._recent)
@@ -91,7 +100,7 @@ class Counters:
         )  # fmt: skip
         then, steps_then, updates_then, staleness_then = self._last_row
         self._last_row = (now, steps, updates, staleness)
-        recent = list(self._recent)
+        recent = tuple(self._recent.copy())
         row = {
             "seconds": now - self._started,
             "environment_steps": steps,
@@ -104,17 +113,28 @@ class Counters:
         }
         return row | {name: float(value) for name, value in self._metrics.items()}
 
+    def new_episodes(self) -> EpisodeLog:
+        """The episodes since the last call."""
+        begin, end = self._reported, self.episodes
+        self._reported = end
+        return self._log(slice(begin, end))
+
     def log(self) -> EpisodeLog:
         """A copy of the log of episodes so far."""
+        return self._log(slice(self.episodes))
+
+    def _log(self, which: slice) -> EpisodeLog:
         dtypes = (np.int32, np.float64, np.int32, np.int64, np.float64)
-        return EpisodeLog(*(np.array(c, d) for c, d in zip(self._columns, dtypes, strict=True)))
+        return EpisodeLog(
+            *(np.array(c[which], d) for c, d in zip(self._columns, dtypes, strict=True))
+        )
 
 
 class Sink(Protocol):
     """Somewhere to send rows to. `train` calls a sink from one thread only."""
 
-    def write(self, row: Row) -> None:
-        """Takes one row; rows come at most a few times a second, and once at the end."""
+    def write(self, row: Row, episodes: EpisodeLog) -> None:
+        """Takes the totals so far and the episodes since the last call: a few times a second, and at the end."""
         ...
 
     def close(self) -> None:
@@ -128,7 +148,7 @@ class JsonLines:
     def __init__(self, path: str | Path) -> None:
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row, episodes: EpisodeLog) -> None:
         values = {k: v if np.isfinite(v) else None for k, v in row.items()}
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
@@ -138,19 +158,34 @@ class JsonLines:
 
 
 class ProgressBar:
-    """A progress bar over environment steps, with episodes, updates, mean return and staleness beside it."""
+    """A progress bar over environment steps, with rates, episodes, mean return, updates and staleness.
+
+    Args:
+      max_steps: where the bar is full; None shows no bar, only the numbers.
+      window: number of episodes in the mean, for the label.
+      **options: passed on to tqdm.
+    """
 
     def __init__(self, max_steps: int | None, window: int = 100, **options: Any) -> None:
         self._window = window
-        self._bar = tqdm(total=max_steps, unit="step", unit_scale=True, dynamic_ncols=True, **options)
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+        self._bar = tqdm(
+            total=max_steps,
+            unit_scale=True,
+            dynamic_ncols=True,
+            bar_format=form if max_steps else "{desc}: {n_fmt} steps{postfix}",
+            **options,
+        )
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row, episodes: EpisodeLog) -> None:
         self._bar.set_postfix_str(
-            f"{row['episodes']:,} episodes, mean of last {self._window}: {row['mean_return']:.1f}, "
+            f"{row['environment_steps'] / row['seconds']:,.0f} steps/s, "
+            f"{row['episodes']:,} episodes, mean of last {self._window} {row['mean_return']:.1f}, "
             f"{row['updates']:,} updates, staleness {row['staleness']:.2f}",
             refresh=False,
         )
-        self._bar.update(row["environment_steps"] - self._bar.n)
+        self._bar.n = row["environment_steps"]
+        self._bar.refresh()
 
     def close(self) -> None:
         self._bar.close()

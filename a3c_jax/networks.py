@@ -104,11 +104,13 @@ def trajectory_apply(network: nn.Module) -> Callable[[Any, Any], tuple[Any, Arra
     (After a termination `v_t` is never read: its discount is zero.)
     """
 
+    apply: Callable[..., Any] = network.apply
+
     def apply_fn(params: Any, trajectory: Any) -> tuple[Any, Array, Array]:
         def critic(observation: Array) -> Array:
-            return network.apply(params, observation, method="critic")
+            return apply(params, observation, method="critic")
 
-        distribution_tm1, v_tm1 = network.apply(params, trajectory.observation_tm1)
+        distribution_tm1, v_tm1 = apply(params, trajectory.observation_tm1)
         v_last = critic(trajectory.observation_t[-1:])
         v_next = jnp.concatenate([v_tm1[1:], v_last])
         v_t = jax.lax.cond(

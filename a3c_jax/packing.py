@@ -38,7 +38,7 @@ class Packing(Generic[Tree]):
 
     def pack(self, tree: Tree) -> Array:
         """The tree as one `[size]` uint32 vector. May be traced."""
-        words = [_to_words(x).ravel() for x in self._treedef.flatten_up_to(tree)]
+        words = [_to_words(x).ravel() for x in jax.tree.leaves(tree)]
         return jnp.concatenate(words) if words else jnp.zeros(0, jnp.uint32)
 
     def unpack(self, vector: Array) -> Tree:

@@ -151,6 +151,7 @@ def make_optimizer(
     learning_rate: float,
     anneal_over: int | None = None,
     max_gradient_norm: float | None = None,
+    adam_epsilon: float = 1e-5,
     momentum: float = 0.9,
     rmsprop_decay: float = 0.99,
     rmsprop_epsilon: float = 1e-5,
@@ -170,6 +171,7 @@ def make_optimizer(
       learning_rate: the step size, or the first one where it is annealed.
       anneal_over: number of updates over which it falls linearly to zero; None keeps it constant.
       max_gradient_norm: gradients of a larger global norm are scaled down to it; None never scales.
+      adam_epsilon: Adam's epsilon, outside the root.
       momentum: the decay of the velocity.
       rmsprop_decay: the decay of the squared gradients, alpha.
       rmsprop_epsilon: epsilon.
@@ -182,7 +184,7 @@ def make_optimizer(
     """
     rms = optax.scale_by_rms(decay=rmsprop_decay, eps=rmsprop_epsilon, eps_in_sqrt=True)
     directions = {
-        "adam": optax.scale_by_adam(),
+        "adam": optax.scale_by_adam(eps=adam_epsilon),
         "momentum": optax.trace(decay=momentum),
         "shared_rmsprop": rms,
         "rmsprop": per_worker(rms, num_workers),
@@ -194,5 +196,9 @@ def make_optimizer(
     rate = learning_rate
     if anneal_over is not None:
         rate = optax.linear_schedule(learning_rate, 0.0, anneal_over)
-    clip = optax.identity() if max_gradient_norm is None else optax.clip_by_global_norm(max_gradient_norm)
+    clip = (
+        optax.identity()
+        if max_gradient_norm is None
+        else optax.clip_by_global_norm(max_gradient_norm)
+    )
     return optax.chain(clip, directions[name], optax.scale_by_learning_rate(rate))

@@ -94,9 +94,7 @@ def unroll(
     """
     key, segment_key = jax.random.split(state.key)
 
-    def step(
-        state: RolloutState, key: Array
-    ) -> tuple[RolloutState, tuple[Trajectory, Episodes]]:
+    def step(state: RolloutState, key: Array) -> tuple[RolloutState, tuple[Trajectory, Episodes]]:
         action_key, environment_key = jax.random.split(key)
         action = policy(action_key, state.observation)
         transition = environment.step(environment_key, state.environment, action)

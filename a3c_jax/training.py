@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from a3c_jax import environments, rollout
@@ -180,6 +178,7 @@ def _train(
             learning_rate=config.learning_rate,
             anneal_over=config.max_updates if config.learning_rate_schedule == "linear" else None,
             max_gradient_norm=config.max_gradient_norm,
+            adam_epsilon=config.adam_epsilon,
             momentum=config.momentum,
             rmsprop_decay=config.rmsprop_decay,
             rmsprop_epsilon=config.rmsprop_epsilon,
@@ -213,9 +212,9 @@ def _train(
             threads.stop()
 
     def write() -> None:
-        row = counters.row()
+        row, episodes = counters.row(), counters.new_episodes()
         for sink in sinks:
-            sink.write(row)
+            sink.write(row, episodes)
 
     threads = WorkerThreads(
         step, store, packed_states, on_commit=on_commit, max_updates=config.max_updates
@@ -234,7 +233,9 @@ def _train(
             opt_state=store.opt_state,
             version=final.version,
             environment_steps=counters.environment_steps,
-            overshoot=max(0, counters.environment_steps - (config.max_steps or float("inf"))),
+            overshoot=max(0, counters.environment_steps - config.max_steps)
+            if config.max_steps
+            else 0,
             episodes=counters.log(),
             schedule=store.schedule,
             stop_reason=stop_reason,

@@ -1,6 +1,6 @@
 """A worker as a pure function: play a segment, return the gradients of its loss.
 
-    (parameters, worker state)  ->  (gradients, worker state, statistics)
+(parameters, worker state)  ->  (gradients, worker state, statistics)
 """
 
 from collections.abc import Callable
@@ -59,10 +59,11 @@ def make_worker_step(
       `worker_step(params, state) -> (gradients, state, statistics)`: pure, to be compiled by its caller.
     """
     apply_fn = trajectory_apply(network)
+    apply: Callable[..., Any] = network.apply
 
     def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, Statistics]:
         def policy(key: Array, observation: Array) -> Array:
-            return network.apply(params, observation, method="actor").sample(key)
+            return apply(params, observation, method="actor").sample(key)
 
         state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max)
         if terminal_reward is not None:

@@ -1,0 +1,90 @@
+"""Evaluation: whole first episodes, exact returns, its own randomness."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from probes import Probe
+
+from a3c_jax import A3CConfig, evaluate, greedy_policy, make, random_policy, sampled_policy, train
+from a3c_jax.evaluation import _play
+from a3c_jax.networks import ActorCritic
+
+
+class TwoLengths(Probe):
+    """Episodes of one step where the sign is negative, and of nine where it is positive."""
+
+    def reset(self, key, num_envs):
+        sign = jax.random.rademacher(key, (num_envs,), jnp.float32)
+        remaining = jnp.where(sign > 0, 9, 1)
+        return self.observe(sign, remaining), (sign, remaining)
+
+
+def constant(action):
+    return lambda params, key, observation: jnp.full(observation.shape[:1], action, jnp.int32)
+
+
+def test_each_environment_counts_its_first_episode_from_start_to_end():
+    environment = TwoLengths(None, lambda sign, action, last: jnp.full_like(sign, 2.0))
+    returns, lengths = evaluate(constant(0), None, environment, jax.random.key(0), 200)
+    np.testing.assert_array_equal(returns, 2.0 * lengths)
+    assert set(lengths) == {1, 9}
+    # Counting the first 200 episodes to end would count nearly nine short ones for each long one.
+    assert 70 < (lengths == 9).sum() < 130
+
+
+def test_a_time_limit_ends_an_episode_too():
+    environment = Probe(4, lambda sign, action, last: jnp.ones_like(sign), truncates=True)
+    returns, lengths = evaluate(constant(1), None, environment, jax.random.key(0), 3)
+    np.testing.assert_array_equal(returns, 4.0)
+    np.testing.assert_array_equal(lengths, 4)
+
+
+def test_equal_keys_give_equal_episodes_and_others_do_not():
+    environment = make("CartPole-v1")
+    policy = random_policy(2)
+    first = evaluate(policy, None, environment, jax.random.key(1), 20)
+    chex.assert_trees_all_equal(first, evaluate(policy, None, environment, jax.random.key(1), 20))
+    other = evaluate(policy, None, environment, jax.random.key(2), 20)
+    assert (first.returns != other.returns).any()
+
+
+def test_a_random_policy_is_as_bad_as_it_is_known_to_be():
+    returns, _ = evaluate(random_policy(2), None, make("CartPole-v1"), jax.random.key(0), 500)
+    assert 20 < returns.mean() < 25
+
+
+def test_greedy_takes_the_mode_and_sampled_does_not_always():
+    network = ActorCritic(num_actions=2, hidden_sizes=(8,))
+    observation = jax.random.normal(jax.random.key(0), (100, 4))
+    params = network.init(jax.random.key(1), observation)
+    greedy = greedy_policy(network)(params, jax.random.key(2), observation)
+    distribution, _ = network.apply(params, observation)
+    np.testing.assert_array_equal(greedy, distribution.mode())
+    sampled = sampled_policy(network)(params, jax.random.key(2), observation)
+    assert 20 < (sampled != greedy).sum() < 80
+
+
+def test_evaluation_disturbs_no_training():
+    config = A3CConfig(num_workers=1, envs_per_worker=2, t_max=4, max_steps=800)
+    before = train(config)
+    evaluate(
+        sampled_policy(before.network), before.params, before.environment, before.evaluation_key, 5
+    )
+    chex.assert_trees_all_equal(before.params, train(config).params)
+
+
+def test_equal_networks_share_one_compiled_evaluation():
+    environment = make("CartPole-v1")
+    traces = _play._cache_size()
+    for _ in range(3):
+        network = ActorCritic(num_actions=2, hidden_sizes=(4,))
+        params = network.init(jax.random.key(1), jnp.zeros(4))
+        evaluate(greedy_policy(network), params, environment, jax.random.key(0), 2)
+    assert _play._cache_size() == traces + 1
+
+
+def test_a_number_of_episodes_must_be_positive():
+    with pytest.raises(ValueError, match=r"num_episodes must be >= 1, got 0; use 100\."):
+        evaluate(constant(0), None, make("CartPole-v1"), jax.random.key(0), 0)

@@ -1,0 +1,340 @@
+"""`train` as a whole: probes with known answers, budgets, reproducibility, errors, replay."""
+
+import threading
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from probes import Probe
+
+import a3c_jax
+from a3c_jax import A3CConfig, training
+from a3c_jax.environments import Transition
+from a3c_jax.parameters import make_optimizer
+from a3c_jax.worker import make_worker_step
+
+SMALL = {"num_workers": 2, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,)}
+LEARN = {
+    "num_workers": 2,
+    "envs_per_worker": 8,
+    "t_max": 8,
+    "hidden_sizes": (32,),
+    "max_gradient_norm": None,
+    "entropy_cost": 0.0,
+    "critic_cost": 1.0,
+    "learning_rate": 5e-3,
+    "learning_rate_schedule": "linear",
+    "discount": 0.5,
+}
+
+
+def live_workers():
+    return [t.name for t in threading.enumerate() if t.name.startswith("a3c-worker")]
+
+
+def values(result, observations):
+    return np.asarray(result.network.apply(result.params, jnp.array(observations))[1])
+
+
+def probe(steps, **arguments):
+    return a3c_jax.train(A3CConfig(**LEARN, max_steps=steps), environment=Probe(**arguments))
+
+
+def test_the_critic_learns_a_constant_and_an_observed_reward():
+    result = probe(60_000, length=1, reward=lambda sign, action, last: 3.0 + sign)
+    np.testing.assert_allclose(values(result, [[1.0, 1.0], [-1.0, 1.0]]), [4.0, 2.0], atol=0.05)
+
+
+def test_the_critic_discounts_a_reward_at_the_end():
+    result = probe(60_000, length=3, reward=lambda sign, action, last: 1.0 * last)
+    # One step before the end: 1. Two: 0.5. Three: 0.25.
+    expected = [1.0, 0.5, 0.25]
+    np.testing.assert_allclose(
+        values(result, [[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]]), expected, atol=0.05
+    )
+
+
+def test_a_time_limit_is_worth_the_future_and_a_termination_nothing():
+    def reward(sign, action, last):
+        return jnp.ones_like(sign)
+
+    limited = probe(60_000, length=3, reward=reward, truncates=True, shows_time=False)
+    # Reward 1 for ever: 1 / (1 - 0.5).
+    np.testing.assert_allclose(values(limited, [[1.0, 0.0], [-1.0, 0.0]]), 2.0, atol=0.05)
+
+    ended = probe(60_000, length=3, reward=reward)
+    # With one, two and three steps to go: 1, 1 + 0.5, 1 + 0.5 + 0.25.
+    np.testing.assert_allclose(
+        values(ended, [[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]]), [1.0, 1.5, 1.75], atol=0.06
+    )
+
+
+def test_the_actor_learns_to_answer_its_observation():
+    result = probe(60_000, length=1, reward=lambda sign, action, last: sign * (2 * action - 1))
+    evaluation = a3c_jax.evaluate(
+        a3c_jax.sampled_policy(result.network),
+        result.params,
+        result.environment,
+        result.evaluation_key,
+        500,
+    )
+    assert evaluation.returns.mean() > 0.95
+    assert (evaluation.lengths == 1).all()
+
+
+def test_the_actor_acts_for_a_delayed_reward():
+    # The first of two actions decides what the second step pays.
+    class Delayed(Probe):
+        def reset(self, key, num_envs):
+            observation, state = super().reset(key, num_envs)
+            return observation, (state, jnp.zeros(num_envs))
+
+        def step(self, key, state, action):
+            (sign, remaining), promised = state
+            last = remaining == 1
+            final = self.observe(sign, remaining - 1)
+            fresh_observation, fresh = self.reset(key, len(sign))
+            carried = ((sign, remaining - 1), 2.0 * action - 1.0)
+            state = jax.tree.map(lambda a, b: jnp.where(last, a, b), fresh, carried)
+            observation = jnp.where(last[:, None], fresh_observation, final)
+            never = jnp.zeros_like(last)
+            return Transition(
+                observation, state, jnp.where(last, promised, 0.0), last, never, final
+            )
+
+    environment = Delayed(2, None)
+    result = a3c_jax.train(A3CConfig(**LEARN, max_steps=60_000), environment=environment)
+    policy = a3c_jax.sampled_policy(result.network)
+    evaluation = a3c_jax.evaluate(policy, result.params, environment, result.evaluation_key, 500)
+    assert evaluation.returns.mean() > 0.95
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_budget_of_steps_is_met_exactly_to_the_segment(num_workers):
+    config = A3CConfig(**SMALL | {"num_workers": num_workers}, max_steps=203)
+    result = a3c_jax.train(config)
+    assert config.steps_per_update == 8
+    assert result.version == 26  # ceil(203 / 8)
+    assert result.environment_steps == 208
+    assert result.overshoot == 5
+    assert result.stop_reason == "max_steps"
+    assert len(result.schedule.worker) == 26
+    assert (result.schedule.staleness >= 0).all()
+    assert not live_workers()
+
+
+def test_a_budget_of_episodes_ends_the_run_within_one_segment_a_worker():
+    result = a3c_jax.train(A3CConfig(**SMALL, max_steps=None, max_episodes=20))
+    assert result.stop_reason == "max_episodes"
+    # Each worker may be in the middle of one segment, in which 2 environments x 4 steps end.
+    assert 20 <= len(result.episodes.episode_return) <= 20 + 2 * 8
+
+
+def test_a_solved_task_ends_the_run():
+    config = A3CConfig(**SMALL, solved_return=1.0, solved_window=5)
+    result = a3c_jax.train(config)
+    assert result.stop_reason == "solved"
+    assert result.best_mean_return >= 1.0
+    assert result.environment_steps < 5_000
+
+
+def test_every_step_played_is_in_an_episode_that_ended_or_is_still_running():
+    result = a3c_jax.train(A3CConfig(**SMALL | {"num_workers": 3}, max_steps=30_000))
+    ended = result.episodes.length.sum()
+    # CartPole-v1 pays 1 a step, and each of 3 x 2 environments has at most 500 steps unfinished.
+    np.testing.assert_array_equal(result.episodes.episode_return, result.episodes.length)
+    assert result.environment_steps - 6 * 500 < ended <= result.environment_steps
+
+
+def test_one_worker_is_reproducible_bit_for_bit():
+    config = A3CConfig(**SMALL | {"num_workers": 1}, max_steps=4_000, seed=3)
+    first, second = a3c_jax.train(config), a3c_jax.train(config)
+    chex.assert_trees_all_equal(first.params, second.params)
+    chex.assert_trees_all_equal(first.best_params, second.best_params)
+    chex.assert_trees_all_equal(first.opt_state, second.opt_state)
+    np.testing.assert_array_equal(first.episodes.episode_return, second.episodes.episode_return)
+
+    other = a3c_jax.train(A3CConfig(**SMALL | {"num_workers": 1}, max_steps=4_000, seed=4))
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(first.params, other.params)
+
+
+def test_workers_play_differently_from_the_start():
+    # With parameters that hardly move, workers with equal keys would play equal episodes.
+    config = A3CConfig(**SMALL | {"num_workers": 3}, learning_rate=1e-12, max_steps=6_000)
+    episodes = a3c_jax.train(config).episodes
+    returns = [tuple(episodes.episode_return[episodes.worker == w][:20]) for w in range(3)]
+    assert all(len(r) == 20 for r in returns)
+    assert len(set(returns)) == 3
+
+
+def test_a_recorded_schedule_replays_bit_for_bit():
+    config = A3CConfig(**SMALL | {"num_workers": 3}, max_steps=2_000)
+    result = a3c_jax.train(config)
+    assert len(set(result.schedule.worker)) > 1
+
+    # The same run again, in one thread, on trees, by the pure functions.
+    environment, network = result.environment, result.network
+    network_key, workers_key, _ = training._keys(config.seed)
+    states = [
+        training.rollout.start(environment, jax.random.fold_in(workers_key, w), 2) for w in range(3)
+    ]
+    params = jax.jit(network.init)(network_key, states[0].observation)
+    costs = {"discount": 0.99, "critic_cost": 0.5, "entropy_cost": 0.01}
+    step = jax.jit(make_worker_step(environment, network, t_max=4, **costs))
+    flat, unravel = ravel_pytree(params)
+    store = a3c_jax.SharedParameters(
+        flat, make_optimizer("adam", learning_rate=3e-3, max_gradient_norm=0.5)
+    )
+    versions = [flat]
+    for worker, pulled in zip(*result.schedule, strict=True):
+        gradients, states[worker], _ = step(unravel(versions[pulled]), states[worker])
+        store.apply(ravel_pytree(gradients)[0], int(pulled), int(worker))
+        versions.append(store.pull().params)
+    chex.assert_trees_all_equal(unravel(versions[-1]), result.params)
+
+
+def test_everything_compiles_once_before_the_threads_start(monkeypatch):
+    traces = []
+
+    def counted(*arguments, **options):
+        step = make_worker_step(*arguments, **options)
+
+        def counting(params, state):
+            traces.append(threading.current_thread().name)
+            return step(params, state)
+
+        return counting
+
+    monkeypatch.setattr(training, "make_worker_step", counted)
+    a3c_jax.train(A3CConfig(**SMALL, max_steps=400))
+    assert 1 <= len(traces) <= 2  # once for the shapes of the statistics, once to compile
+    assert not any(name.startswith("a3c-worker") for name in traces)
+
+
+def test_the_terminal_reward_changes_learning_and_not_the_reported_returns():
+    plain = A3CConfig(**SMALL | {"num_workers": 1}, max_steps=2_000)
+    punished = A3CConfig(**SMALL | {"num_workers": 1}, max_steps=2_000, terminal_reward=-1.0)
+    a, b = a3c_jax.train(plain), a3c_jax.train(punished)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(a.params, b.params)
+    np.testing.assert_array_equal(b.episodes.episode_return, b.episodes.length)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "momentum", "shared_rmsprop", "rmsprop"])
+@pytest.mark.parametrize("shared_torso", [False, True])
+def test_every_optimizer_and_torso_trains(optimizer, shared_torso):
+    config = A3CConfig(
+        **SMALL,
+        optimizer=optimizer,
+        shared_torso=shared_torso,
+        learning_rate_schedule="linear",
+        max_steps=400,
+    )
+    result = a3c_jax.train(config)
+    assert result.version == 50
+    chex.assert_tree_all_finite(result.params)
+
+
+@pytest.mark.parametrize("name", ["Acrobot-v1", "CartPole-v0", "Catch-bsuite", "FrozenLake-misc"])
+def test_other_environments_train_by_name(name):
+    result = a3c_jax.train(A3CConfig(**SMALL, environment=name, max_steps=400))
+    assert result.version == 50
+
+
+def test_an_environment_that_fails_while_it_is_traced_fails_before_any_thread():
+    class Broken(Probe):
+        def step(self, key, state, action):
+            raise ArithmeticError("broken")
+
+    with pytest.raises(ArithmeticError, match="broken"):
+        a3c_jax.train(A3CConfig(**SMALL), environment=Broken(1, None))
+    assert not live_workers()
+
+
+class FailingSink:
+    def __init__(self, error):
+        self.error, self.closed = error, False
+
+    def write(self, row, episodes):
+        raise self.error
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_sink_that_raises_ends_the_run_and_is_closed():
+    sink = FailingSink(OSError("disk full"))
+    with pytest.raises(OSError, match="disk full"):
+        a3c_jax.train(A3CConfig(**SMALL, max_steps=10**9), sinks=[sink], interval=0.01)
+    assert sink.closed
+    assert not live_workers()
+
+
+def test_an_interrupt_carries_the_result_so_far():
+    class Once(FailingSink):
+        def write(self, row, episodes):
+            error, self.error = self.error, None
+            if error is not None:
+                raise error
+
+    sink = Once(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        a3c_jax.train(A3CConfig(**SMALL, max_steps=10**9), sinks=[sink], interval=0.05)
+    result = caught.value.result
+    assert result.stop_reason == "interrupted"
+    assert result.version == len(result.schedule.worker)
+    assert sink.closed
+    assert not live_workers()
+
+
+def test_sinks_see_every_episode_once_and_the_final_totals():
+    class Collect:
+        rows, numbers = [], []
+
+        def write(self, row, episodes):
+            self.rows.append(row)
+            self.numbers.extend(episodes.episode_return)
+
+        def close(self):
+            pass
+
+    result = a3c_jax.train(A3CConfig(**SMALL, max_steps=20_000), sinks=[Collect()], interval=0.01)
+    assert len(Collect.rows) > 2
+    np.testing.assert_array_equal(Collect.numbers, result.episodes.episode_return)
+    assert Collect.rows[-1]["environment_steps"] == result.environment_steps
+    assert Collect.rows[-1]["updates"] == result.version
+
+
+def test_train_is_silent(capfd):
+    a3c_jax.train(A3CConfig(**SMALL, max_steps=80))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_unknown_environment_is_refused_with_near_matches():
+    with pytest.raises(ValueError, match=r"did you mean .*CartPole-v1"):
+        a3c_jax.train(A3CConfig(environment="Cartpole-v1"))
+
+
+def test_a_continuous_environment_is_refused_clearly():
+    with pytest.raises(ValueError, match="only discrete actions are supported"):
+        a3c_jax.train(A3CConfig(environment="Pendulum-v1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [1, 4, 16])
+def test_cartpole_is_solved_by_one_and_by_many_workers(num_workers):
+    config = A3CConfig(num_workers=num_workers, solved_return=475.0, seed=11)
+    result = a3c_jax.train(config)
+    assert result.stop_reason == "solved"
+    assert set(result.schedule.worker) == set(range(num_workers))
+    evaluation = a3c_jax.evaluate(
+        a3c_jax.greedy_policy(result.network),
+        result.params,
+        result.environment,
+        result.evaluation_key,
+    )
+    assert evaluation.returns.mean() >= 475.0
