@@ -51,7 +51,7 @@ class A3CConfig:
 
     optimizer: Optimizer = "adam"
     """Adam; momentum SGD; RMSProp with statistics shared by all workers (the paper's choice); or RMSProp with statistics for each worker."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """The optimizer's step size, or its initial value where the schedule is linear."""
     learning_rate_schedule: Schedule = "constant"
     """Constant, or annealed linearly to zero over max_steps, as in the paper."""
@@ -68,8 +68,8 @@ class A3CConfig:
 
     hidden_sizes: tuple[int, ...] = (128,)
     """Width of each hidden layer."""
-    activation: Activation = "relu"
-    """The hidden layers' non-linearity."""
+    activation: Activation = "tanh"
+    """The hidden layers' non-linearity; the article's and the paper's is relu."""
     shared_torso: bool = False
     """Actor and critic share the hidden layers (the paper) instead of each having their own (the article)."""
 
@@ -102,7 +102,7 @@ class A3CConfig:
             self._check_float(
                 name, lambda x: x >= 0, "must be >= 0", f"use {default}, or 0 for none"
             )
-        self._check_float("learning_rate", lambda x: x > 0, "must be > 0", "use 2e-3")
+        self._check_float("learning_rate", lambda x: x > 0, "must be > 0", "use 3e-3")
         for name, default in (("momentum", 0.9), ("rmsprop_decay", 0.99)):
             self._check_float(name, lambda x: 0 <= x < 1, "must lie in [0, 1)", f"use {default}")
         for name in ("adam_epsilon", "rmsprop_epsilon"):

@@ -21,6 +21,7 @@ DEFAULTS = A3CConfig(
     max_gradient_norm=None,
     terminal_reward=-1.0,
     hidden_sizes=(128,),
+    activation="relu",
     max_steps=None,
     max_episodes=1000,
 )

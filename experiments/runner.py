@@ -67,58 +67,49 @@ def main(
         parsed = tyro.cli(
             Arguments, default=Arguments(config=defaults), description=description, args=arguments
         )
-        return _run(name, parsed.config, parsed.options, sinks, plot_options)
-    except (ValueError, TypeError, FileExistsError) as error:
+        from a3c_jax import environments  # after the command line: --help answers at once
+
+        environment = environments.make(parsed.config.environment)
+        run_dir = _make_run_dir(name, parsed.config, parsed.options.run_dir)
+    except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from (None if type(error) is not TypeError else error)
+        raise SystemExit(2) from None
+    _run(parsed.config, parsed.options, environment, run_dir, sinks, plot_options)
+    return run_dir
 
 
 def _run(
-    name: str,
     config: A3CConfig,
     options: Options,
+    environment: Any,
+    run_dir: Path,
     sinks: Sequence[Any],
     plot_options: dict[str, Any],
-) -> Path:
-    from a3c_jax import environments, evaluation, training
+) -> None:
+    from a3c_jax import training
     from a3c_jax.metrics import JsonLines, ProgressBar
 
-    environment = environments.make(
-        config.environment
-    )  # a wrong name fails before a folder is made
-    run_dir = _make_run_dir(name, config, options.run_dir)
     _write_json(run_dir / "config.json", config.as_dict())
-    imported = time.perf_counter() - experiments.STARTED
-
     sinks = [*sinks, JsonLines(run_dir / "metrics.jsonl")]
     if options.progress:
         sinks.append(ProgressBar(config.max_steps, config.solved_window, desc=config.environment))
-    interrupted = False
+    imported = time.perf_counter() - experiments.STARTED
     try:
         result = training.train(config, environment=environment, sinks=sinks)
     except training.TrainingInterrupted as interruption:
-        result, interrupted = interruption.result, True
-    trained = time.perf_counter() - experiments.STARTED
+        result = interruption.result
+    seconds = {
+        "import": imported,
+        **result.wall_clock,
+        "until_trained": time.perf_counter() - experiments.STARTED,
+    }
+    trained_at = time.time()
     _write_params(run_dir / "final.msgpack", result.params)
     _write_params(run_dir / "best.msgpack", result.best_params)
     np.savez_compressed(run_dir / "episodes.npz", **result.episodes._asdict())
 
-    evaluations = {}
-    for label, policy in (
-        ("greedy", evaluation.greedy_policy(result.network)),
-        ("sampled", evaluation.sampled_policy(result.network)),
-        ("random", evaluation.random_policy(environment.num_actions)),
-    ):
-        returns = evaluation.evaluate(
-            policy, result.params, environment, result.evaluation_key, options.evaluation_episodes
-        ).returns
-        evaluations[label] = {
-            "mean": float(returns.mean()),
-            "std": float(returns.std()),
-            "min": float(returns.min()),
-            "max": float(returns.max()),
-        }
-
+    interrupted = result.stop_reason == "interrupted"
+    evaluations = {} if interrupted else _evaluate(result, options.evaluation_episodes)
     last = result.episodes.episode_return[-config.solved_window :]
     staleness = result.schedule.staleness
     summary = {
@@ -130,7 +121,8 @@ def _run(
         "last_mean_return": float(last.mean()) if last.size else None,
         "best_mean_return": result.best_mean_return,
         "mean_staleness": float(staleness.mean()) if staleness.size else None,
-        "seconds": {"import": imported, **result.wall_clock, "until_trained": trained},
+        "seconds": seconds,
+        "trained_at": trained_at,  # seconds since the epoch, for whoever started this process
         "evaluation": evaluations,
     }
     _write_json(run_dir / "summary.json", summary)
@@ -144,13 +136,34 @@ def _run(
         title=f"A3C on {config.environment}: {config.num_workers} workers, "
         f"{config.envs_per_worker} environments each",
         window=config.solved_window,
-        random_return=evaluations["random"]["mean"],
+        random_return=evaluations.get("random", {}).get("mean"),
         **({"solved": config.solved_return} | plot_options),
     )
     print(f"run folder: {run_dir}")
     if interrupted:
         raise SystemExit(130)
-    return run_dir
+
+
+def _evaluate(result: Any, num_episodes: int) -> dict[str, dict[str, float]]:
+    """The final policy, greedy and sampled, and the random one, over fresh episodes."""
+    from a3c_jax import evaluation
+
+    evaluations = {}
+    for name, policy in (
+        ("greedy", evaluation.greedy_policy(result.network)),
+        ("sampled", evaluation.sampled_policy(result.network)),
+        ("random", evaluation.random_policy(result.environment.num_actions)),
+    ):
+        returns = evaluation.evaluate(
+            policy, result.params, result.environment, result.evaluation_key, num_episodes
+        ).returns
+        evaluations[name] = {
+            "mean": float(returns.mean()),
+            "std": float(returns.std()),
+            "min": float(returns.min()),
+            "max": float(returns.max()),
+        }
+    return evaluations
 
 
 def _make_run_dir(name: str, config: A3CConfig, wanted: Path | None) -> Path:
@@ -194,6 +207,7 @@ def _print(summary: dict[str, Any], config: A3CConfig) -> None:
         f"  seconds: import {seconds['import']:.1f} + setup {seconds['setup']:.1f} + compile "
         f"{seconds['compile']:.1f} + train {seconds['train']:.1f} = {seconds['until_trained']:.1f}"
     )
-    print("  evaluation       mean     std     min     max")
+    if summary["evaluation"]:
+        print("  evaluation       mean     std     min     max")
     for label, e in summary["evaluation"].items():
         print(f"  {label:<12} {e['mean']:>8.1f}{e['std']:>8.1f}{e['min']:>8.1f}{e['max']:>8.1f}")

@@ -1,0 +1,398 @@
+"""Worker threads: an exact budget, prompt ends, no thread left behind, a schedule that replays."""
+
+import itertools
+import threading
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from a3c_jax.parameters import SharedParameters, make_optimizer
+from a3c_jax.threads import WorkerError, WorkerThreads
+
+TIMEOUT = 30.0
+
+
+def make_store(optimizer=None, params=None):
+    store = SharedParameters(
+        jnp.zeros(()) if params is None else params, optimizer or optax.sgd(1.0)
+    )
+    store.compile(store.pull().params)
+    return store
+
+
+def count(params, state):
+    """A step that adds one to the parameters and to the worker's state; the record is the old state."""
+    return np.float32(-1.0), state + 1, state
+
+
+def run(threads, on_tick=None, interval=0.01):
+    """Runs the threads and raises what `run` raises; fails where it hangs or leaves a thread alive."""
+    outcome = []
+
+    def target():
+        try:
+            outcome.append(threads.run(on_tick, interval))
+        except BaseException as error:
+            outcome.append(error)
+
+    runner = threading.Thread(target=target, daemon=True)
+    runner.start()
+    runner.join(TIMEOUT)
+    assert not runner.is_alive(), "the run does not end"
+    assert_no_worker_is_alive()
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def assert_no_worker_is_alive():
+    assert [t.name for t in threading.enumerate() if t.name.startswith("a3c-worker-")] == []
+
+
+def worker_of_this_thread():
+    return int(threading.current_thread().name.removeprefix("a3c-worker-"))
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 8])
+@pytest.mark.parametrize("max_updates", [0, 1, 2, 100])
+def test_the_budget_is_met_exactly(num_workers, max_updates):
+    store = make_store()
+    threads = WorkerThreads(count, store, [0] * num_workers, max_updates=max_updates)
+    run(threads)
+    params, version = store.pull()
+    assert version == max_updates
+    assert float(params) == max_updates
+    assert sum(threads.states) == max_updates
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 8])
+def test_no_more_steps_are_played_than_the_budget_pays_for(num_workers):
+    played = itertools.count()
+
+    def step(params, state):
+        next(played)
+        return count(params, state)
+
+    run(WorkerThreads(step, make_store(), [0] * num_workers, max_updates=100))
+    assert next(played) == 100
+
+
+def test_every_update_is_committed_once_in_order_with_its_own_state_and_staleness():
+    store, num_workers = make_store(), 4
+    commits = []
+
+    def on_commit(worker, snapshot, staleness, record):
+        assert store.pull() is snapshot
+        # The states are those of this very version: a consistent cut of the run.
+        assert sum(threads.states) == snapshot.version == int(snapshot.params)
+        assert threads.states[worker] == record + 1
+        commits.append((worker, snapshot.version, staleness, record))
+
+    threads = WorkerThreads(count, store, [0] * num_workers, on_commit=on_commit, max_updates=200)
+    run(threads)
+    workers, versions, staleness, records = map(np.array, zip(*commits, strict=True))
+    np.testing.assert_array_equal(versions, np.arange(1, 201))
+    np.testing.assert_array_equal(workers, store.schedule.worker)
+    np.testing.assert_array_equal(staleness, store.schedule.staleness)
+    for worker in range(num_workers):
+        own = records[workers == worker]
+        np.testing.assert_array_equal(own, np.arange(len(own)))
+        assert threads.states[worker] == len(own)
+
+
+def test_a_commit_holds_the_stores_lock():
+    store, held = make_store(), []
+
+    def on_commit(*_):
+        held.append(not store._lock.acquire(blocking=False))
+
+    run(WorkerThreads(count, store, [0], on_commit=on_commit, max_updates=3))
+    assert held == [True] * 3
+
+
+def test_workers_play_at_the_same_time_and_without_the_lock():
+    store, num_workers = make_store(), 3
+    together = threading.Barrier(num_workers)
+
+    def step(params, state):
+        together.wait(TIMEOUT)  # passes only if all are inside their step at once
+        return count(params, state)
+
+    threads = WorkerThreads(step, store, [0] * num_workers, max_updates=num_workers)
+    run(threads)
+    assert threads.states == [1, 1, 1]
+    np.testing.assert_array_equal(store.schedule.pulled_version, [0, 0, 0])
+    np.testing.assert_array_equal(store.schedule.staleness, [0, 1, 2])
+
+
+def test_the_initial_states_given_are_not_changed():
+    states = [0, 0]
+    run(WorkerThreads(count, make_store(), states, max_updates=10))
+    assert states == [0, 0]
+
+
+@pytest.mark.parametrize("num_workers", [1, 8])
+def test_stop_from_a_commit_ends_the_run_after_the_segments_being_played(num_workers):
+    store = make_store()
+
+    def on_commit(worker, snapshot, staleness, record):
+        if snapshot.version == 50:
+            threads.stop()
+
+    threads = WorkerThreads(count, store, [0] * num_workers, on_commit=on_commit)
+    run(threads)
+    # Each of the others may have been in the middle of one segment.
+    assert 50 <= store.pull().version <= 50 + num_workers - 1
+    assert sum(threads.states) == store.pull().version
+
+
+def test_stop_from_another_thread_ends_a_run_without_a_budget():
+    store, going = make_store(), threading.Event()
+
+    def on_commit(worker, snapshot, staleness, record):
+        if snapshot.version >= 20:
+            going.set()
+
+    def stop_when_going():
+        assert going.wait(TIMEOUT)
+        threads.stop()
+
+    threads = WorkerThreads(count, store, [0] * 4, on_commit=on_commit)
+    stopper = threading.Thread(target=stop_when_going, daemon=True)
+    stopper.start()
+    run(threads)
+    stopper.join(TIMEOUT)
+    assert store.pull().version >= 20
+
+
+def test_stop_from_the_tick_ends_the_run():
+    threads = WorkerThreads(count, make_store(), [0] * 2)
+    run(threads, on_tick=lambda: threads.stop())
+
+
+def test_a_segment_that_is_being_played_when_the_run_is_stopped_still_counts():
+    store, playing, go_on = make_store(), threading.Event(), threading.Event()
+
+    def step(params, state):
+        playing.set()
+        assert go_on.wait(TIMEOUT)
+        return count(params, state)
+
+    def stop_in_the_middle():
+        assert playing.wait(TIMEOUT)
+        threads.stop()
+        go_on.set()
+
+    threads = WorkerThreads(step, store, [0])
+    stopper = threading.Thread(target=stop_in_the_middle, daemon=True)
+    stopper.start()
+    run(threads)
+    stopper.join(TIMEOUT)
+    assert store.pull().version == 1
+    assert threads.states == [1]
+
+
+def test_a_run_that_is_stopped_before_it_begins_plays_nothing():
+    store = make_store()
+    threads = WorkerThreads(count, store, [0] * 3)
+    threads.stop()
+    run(threads)
+    assert store.pull().version == 0
+
+
+def test_the_tick_is_called_by_the_thread_that_runs_and_again_and_again():
+    callers, ticked = [], threading.Event()
+
+    def step(params, state):
+        assert ticked.wait(TIMEOUT)
+        return count(params, state)
+
+    def on_tick():
+        callers.append(threading.current_thread())
+        if len(callers) == 3:
+            ticked.set()
+
+    WorkerThreads(step, make_store(), [0], max_updates=1).run(on_tick, interval=0.001)
+    assert len(callers) >= 3
+    assert set(callers) == {threading.current_thread()}
+
+
+def test_a_run_in_the_main_thread_does_the_same_as_in_another():
+    assert threading.current_thread() is threading.main_thread()
+    store = make_store()
+    WorkerThreads(count, store, [0] * 3, max_updates=30).run()
+    assert store.pull().version == 30
+    assert_no_worker_is_alive()
+
+
+@pytest.mark.parametrize("max_updates", [100, None])
+@pytest.mark.parametrize("failing", [0, 50, 99])
+def test_a_worker_that_raises_stops_the_others(failing, max_updates):
+    store, played, raised = make_store(), itertools.count(), []
+
+    def step(params, state):
+        if next(played) == failing:
+            raised.append((worker_of_this_thread(), Boom("lost a wheel")))
+            raise raised[0][1]
+        return count(params, state)
+
+    threads = WorkerThreads(step, store, [0] * 4, max_updates=max_updates)
+    with pytest.raises(WorkerError) as caught:
+        run(threads)
+    ((worker, error),) = raised
+    assert caught.value.worker == worker
+    assert caught.value.__cause__ is error
+    assert str(caught.value) == f"worker {worker} failed with Boom: lost a wheel"
+    # The failed segment left no trace, and those of the others are whole.
+    version = store.pull().version
+    assert float(store.pull().params) == version == sum(threads.states)
+    if max_updates is not None:
+        assert version <= 99
+        assert failing != 99 or version == 99
+
+
+def test_the_others_finish_their_segment_after_a_failure_and_begin_no_other():
+    store, playing, played = make_store(), threading.Event(), []
+
+    def step(params, state):
+        if worker_of_this_thread() == 0:
+            assert playing.wait(TIMEOUT)
+            raise Boom
+        playing.set()
+        played.append(worker_of_this_thread())
+        assert threads._stop.wait(TIMEOUT)  # set by the failure, in the middle of this segment
+        return count(params, state)
+
+    threads = WorkerThreads(step, store, [0, 0])
+    with pytest.raises(WorkerError, match="^worker 0 failed with Boom"):
+        run(threads)
+    assert played == [1]
+    assert threads.states == [0, 1]
+    assert store.pull().version == 1
+
+
+def test_a_failure_wakes_the_run_at_once_however_long_the_interval():
+    def step(params, state):
+        raise Boom
+
+    with pytest.raises(WorkerError):
+        run(WorkerThreads(step, make_store(), [0] * 2), interval=100 * TIMEOUT)
+
+
+def test_the_end_of_the_budget_wakes_the_run_at_once_however_long_the_interval():
+    run(WorkerThreads(count, make_store(), [0] * 2, max_updates=5), interval=100 * TIMEOUT)
+
+
+def test_of_several_failures_the_first_is_reported():
+    def step(params, state):
+        if worker_of_this_thread() == 0:
+            assert threads._stop.wait(TIMEOUT)  # worker 1 has failed
+            raise Boom("second")
+        raise Boom("first")
+
+    threads = WorkerThreads(step, make_store(), [0, 0])
+    with pytest.raises(WorkerError, match="^worker 1 failed with Boom: first$"):
+        run(threads)
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError])
+def test_whatever_a_worker_raises_is_reported_not_only_exceptions(kind):
+    played = itertools.count()
+
+    def step(params, state):
+        if next(played) == 5:
+            raise kind("the reason")
+        return count(params, state)
+
+    message = f"failed with {kind.__name__}: the reason"
+    with pytest.raises(WorkerError, match=message) as caught:
+        run(WorkerThreads(step, make_store(), [0] * 3))
+    assert isinstance(caught.value.__cause__, kind)
+
+
+def test_a_commit_that_raises_is_reported_like_a_worker():
+    store = make_store()
+
+    def on_commit(worker, snapshot, staleness, record):
+        if snapshot.version == 7:
+            raise Boom("from the commit")
+
+    with pytest.raises(WorkerError, match="Boom: from the commit"):
+        run(WorkerThreads(count, store, [0] * 3, on_commit=on_commit))
+    assert store._lock.acquire(blocking=False), "the lock must be free again"
+
+
+def test_gradients_that_do_not_fit_the_parameters_are_reported_and_not_applied():
+    store = make_store(params=jnp.zeros(3))
+
+    def step(params, state):
+        return jnp.zeros(4), state, None
+
+    with pytest.raises(WorkerError) as caught:
+        run(WorkerThreads(step, store, [0] * 3))
+    assert isinstance(caught.value.__cause__, TypeError | ValueError)
+    assert store.pull().version == 0
+
+
+@pytest.mark.parametrize("kind", [Boom, KeyboardInterrupt, SystemExit])
+def test_an_exception_of_the_tick_comes_through_and_leaves_no_thread_alive(kind):
+    store = make_store()
+
+    def on_tick():
+        raise kind("from the tick")
+
+    threads = WorkerThreads(count, store, [0] * 4)
+    with pytest.raises(kind, match="from the tick"):
+        run(threads, on_tick)
+    version = store.pull().version
+    assert float(store.pull().params) == version == sum(threads.states)
+
+
+def wander(params, state):
+    """A deterministic step in which every bit of the parameters and of the state matters."""
+    gradients = jnp.sin(3.0 * params + state) + 0.1 * params
+    return gradients, jnp.cos(state + 2.0 * params), None
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "shared_rmsprop", "rmsprop"])
+def test_replaying_the_schedule_in_one_thread_gives_the_same_run_bit_for_bit(optimizer):
+    num_workers, dimensions = 4, 8
+    options = {"learning_rate": 0.1, "anneal_over": 100, "num_workers": num_workers}
+    start = jnp.linspace(-1.0, 1.0, dimensions)
+    states = list(jax.random.normal(jax.random.key(0), (num_workers, dimensions)))
+    compiled = jax.jit(wander)
+    store = make_store(make_optimizer(optimizer, **options), start)
+    all_have_pulled = threading.Barrier(num_workers)
+    late = threading.local()
+
+    def step(params, state):
+        if not hasattr(late, "played"):
+            late.played = True
+            all_have_pulled.wait(TIMEOUT)  # so that some updates are stale, however threads run
+        return jax.block_until_ready(compiled(params, state))
+
+    threads = WorkerThreads(step, store, states, max_updates=100)
+    run(threads)
+    schedule = store.schedule
+    assert schedule.staleness.sum() >= 6  # 0 + 1 + 2 + 3 of the first round, at the least
+
+    replay = SharedParameters(start, make_optimizer(optimizer, **options))
+    versions = [start]
+    for worker, pulled in zip(
+        schedule.worker.tolist(), schedule.pulled_version.tolist(), strict=True
+    ):
+        gradients, states[worker], _ = compiled(versions[pulled], states[worker])
+        replay.apply(gradients, pulled, worker)
+        versions.append(replay.pull().params)
+    chex.assert_trees_all_equal(replay.pull(), store.pull())
+    chex.assert_trees_all_equal(replay.opt_state, store.opt_state)
+    chex.assert_trees_all_equal(states, threads.states)
+    # The order matters: the same updates by other workers lead elsewhere.
+    assert len({np.asarray(v).tobytes() for v in versions}) == 101
