@@ -1,8 +1,8 @@
 """Action distributions: sample, log-probability, entropy, mode.
 
 Each is a pytree of arrays with any leading batch dimensions, so that it passes through jit, vmap and
-scan, and is safe at the edge: an impossible action or a vanishing probability gives no NaN, neither
-in the value nor in the gradient.
+scan. The categorical is safe at the edge: an impossible action or a vanishing probability gives no NaN,
+neither in the value nor in the gradient.
 """
 
 import dataclasses
@@ -46,17 +46,19 @@ class Categorical:
         Raises:
           AssertionError: where the shape is not that of the batch, or the dtype is not of integers.
         """
+        action = jnp.asarray(action)
         chex.assert_type(action, int)
         chex.assert_shape(action, self.logits.shape[:-1])
         num_actions = self.logits.shape[-1]
-        chosen = action[..., None] == jnp.arange(num_actions, dtype=action.dtype)
+        action = action.astype(jnp.int32)  # a narrow type could not count up to num_actions
+        chosen = action[..., None] == jnp.arange(num_actions)
         log_prob = jnp.sum(jnp.where(chosen, self.log_probs(), 0.0), axis=-1)
         return jnp.where((action >= 0) & (action < num_actions), log_prob, jnp.nan)
 
     def entropy(self) -> Array:
         """The entropy of the whole distribution, `[...]`, in nats, between 0 and log A."""
         log_probs = self.log_probs()
-        possible = jnp.isfinite(log_probs)  # p log p is 0 at p = 0; its factors are 0 and -inf
+        possible = log_probs != -jnp.inf  # p log p is 0 at p = 0, where its factors are 0 and -inf
         log_probs = jnp.where(possible, log_probs, 0.0)
         return -jnp.sum(jnp.where(possible, jnp.exp(log_probs) * log_probs, 0.0), axis=-1)
 
@@ -80,6 +82,7 @@ class DiagonalGaussian:
 
     def sample(self, key: Array) -> Array:
         """One action for each batch element, `[..., D]`, not clipped to any bound."""
+        chex.assert_equal_shape([self.mean, self.scale])
         return self.mean + self.scale * jax.random.normal(key, self.mean.shape, self.mean.dtype)
 
     def log_prob(self, action: Array) -> Array:
@@ -94,6 +97,7 @@ class DiagonalGaussian:
 
     def entropy(self) -> Array:
         """The differential entropy, `[...]`, in nats; it may be negative."""
+        chex.assert_equal_shape([self.mean, self.scale])
         return jnp.sum(jnp.log(self.scale) + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
 
     def mode(self) -> Array:

@@ -30,21 +30,28 @@ Metrics = dict[str, Array]
 
 
 def _assert_same_floats(**arrays: Array) -> None:
-    """Raises unless all arrays share one shape `[T, ...]` and hold floats."""
+    """Raises unless all arrays share one shape `[T, ...]` and one floating-point dtype."""
     values = list(arrays.values())
+    names = " and ".join(arrays)
+    found = ", ".join(f"{k}: {jnp.shape(v)} {jnp.result_type(v)}" for k, v in arrays.items())
     try:
         chex.assert_equal_shape(values)
-        chex.assert_type(values, float)
     except AssertionError as error:
-        found = ", ".join(f"{k}: {jnp.shape(v)} {jnp.result_type(v)}" for k, v in arrays.items())
         raise AssertionError(
-            f"{' and '.join(arrays)} must be float arrays of one shape [T, ...], got {found}; "
-            "nothing is broadcast, since an [N] against an [N, 1] would silently give [N, N]."
+            f"{names} must be float arrays of one shape [T, ...], got {found}; nothing is broadcast, "
+            "since an [N] against an [N, 1] would silently give [N, N]."
+        ) from error
+    try:
+        chex.assert_type(values, float)
+        chex.assert_type(values, jnp.result_type(values[0]))
+    except AssertionError as error:
+        raise AssertionError(
+            f"{names} must be float arrays of one dtype, got {found}; use astype(jnp.float32)."
         ) from error
     if not jnp.ndim(values[0]) or not jnp.size(values[0]):
         raise AssertionError(
-            f"{' and '.join(arrays)} must have a leading time dimension [T, ...] and at least one "
-            f"element, got shape {jnp.shape(values[0])}."
+            f"{names} must have a leading time dimension [T, ...] and at least one element, got shape "
+            f"{jnp.shape(values[0])}."
         )
 
 
@@ -80,9 +87,7 @@ def n_step_returns(
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3; the recursion with a
     lambda per step is equation 12.18 of Sutton & Barto 2018.
     """
-    if jnp.ndim(lambda_t) == 0:
-        lambda_t = jnp.full_like(r_t, lambda_t)
-    lambda_t = jnp.asarray(lambda_t)
+    lambda_t = jnp.full_like(r_t, lambda_t) if jnp.ndim(lambda_t) == 0 else jnp.asarray(lambda_t)
     _assert_same_floats(r_t=r_t, discount_t=discount_t, v_t=v_t, lambda_t=lambda_t)
 
     def backwards(g_t: Array, step: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
@@ -228,8 +233,8 @@ def explained_variance(v_tm1: Array, return_tm1: Array) -> Array:
       AssertionError: where shapes differ or an array is not of floats.
     """
     _assert_same_floats(v_tm1=v_tm1, return_tm1=return_tm1)
-    variance = jnp.var(return_tm1)
-    varies = variance > 0.0
+    variance = jnp.var(return_tm1)  # of equal numbers it may be a tiny positive one
+    varies = (jnp.max(return_tm1) > jnp.min(return_tm1)) & (variance > 0.0)
     return jnp.where(
         varies, 1.0 - jnp.var(return_tm1 - v_tm1) / jnp.where(varies, variance, 1.0), 0.0
     )

@@ -19,8 +19,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": nn.gelu,
 }
 
-# Heads start small: the first policy is close to uniform whatever the observation, and the first
-# values are close to zero. The scale is a variance: standard deviations of 0.01 and 1 over fan-in.
+# The policy's head starts small, so that the first policy is close to uniform whatever the observation.
+# The first argument is a variance: standard deviations of 0.01, 1 and sqrt(2) over the root of fan-in.
 _POLICY_INIT = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal")
 _VALUE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _TORSO_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")

@@ -180,7 +180,6 @@ def test_actions_of_every_integer_type_have_the_same_log_probability(dtype):
     )
 
 
-@pytest.mark.xfail(strict=True, reason="the number of actions is cast to the narrow action type")
 def test_more_actions_than_a_narrow_integer_type_can_count_are_told_apart():
     distribution, action = random_categorical(2, 300), jnp.array([3, 200])
     chex.assert_trees_all_equal(

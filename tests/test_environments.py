@@ -63,9 +63,7 @@ def gymnax_step(name, params):
     return step
 
 
-@pytest.mark.parametrize(
-    ("name", "limit"), [("CartPole-v1", 9), ("Acrobot-v1", 7), ("Catch-bsuite", 1000)]
-)
+@pytest.mark.parametrize(("name", "limit"), [("CartPole-v1", 4), ("Acrobot-v1", 3)])
 def test_a_step_is_gymnax_own_step_for_each_environment_bit_for_bit(name, limit):
     # Operation by operation: two compiled programs may round differently, equal arithmetic or not.
     environment = make(name, max_steps_in_episode=limit)
@@ -78,7 +76,7 @@ def test_a_step_is_gymnax_own_step_for_each_environment_bit_for_bit(name, limit)
     jax.tree.map(np.testing.assert_array_equal, (observation, state), expected)
     ends = 0
     with jax.disable_jit():
-        for t in range(20):
+        for t in range(8):
             key, action_key = jax.random.split(jax.random.fold_in(key, t))
             action = jax.random.randint(action_key, (3,), 0, environment.num_actions)
             transition = environment.step(key, state, action)
@@ -86,7 +84,7 @@ def test_a_step_is_gymnax_own_step_for_each_environment_bit_for_bit(name, limit)
             jax.tree.map(np.testing.assert_array_equal, transition, expected)
             state = transition.state
             ends += int((transition.terminated | transition.truncated).sum())
-    assert ends >= 6
+    assert ends >= 6  # all three environments were reset twice
 
 
 @pytest.mark.parametrize(
@@ -109,7 +107,7 @@ def test_a_compiled_step_is_gymnax_own_step_over_hundreds_of_random_steps(name, 
         return jax.lax.scan(step, state, jax.random.split(key, num_steps))[1]
 
     def compare(actual, expected):
-        if jnp.issubdtype(expected.dtype, jnp.floating):
+        if jnp.issubdtype(expected.dtype, jnp.floating) and name != "Catch-bsuite":
             np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
         else:
             np.testing.assert_array_equal(actual, expected)
@@ -144,26 +142,28 @@ def test_a_balanced_cartpole_is_truncated_at_exactly_its_limit(name, overrides, 
     assert environment.name == name
 
 
-def test_the_final_observation_is_where_the_episode_ended_and_the_observation_is_a_fresh_start():
-    transitions = play(make("CartPole-v1"), push_right, num_envs=3, num_steps=40)
-    ended = transitions.terminated
+@pytest.fixture(scope="module")
+def falling():
+    """Eight poles that fall again and again."""
+    return play(make("CartPole-v1"), push_right, num_envs=8, num_steps=60)
+
+
+def test_the_final_observation_is_where_the_episode_ended_and_the_observation_is_a_fresh_start(
+    falling,
+):
+    ended = falling.terminated
     assert ended.any(axis=0).all()
     # An episode of pushing right ends with the pole beyond 12 degrees; each starts within 0.05.
-    angle = np.abs(transitions.final_observation[..., 2])
+    angle = np.abs(falling.final_observation[..., 2])
     assert (angle[ended] > 12 * np.pi / 180).all()
     assert (angle[~ended] <= 12 * np.pi / 180).all()
-    assert (np.abs(transitions.observation[ended]) <= 0.05).all()
-    np.testing.assert_array_equal(
-        transitions.observation[~ended], transitions.final_observation[~ended]
-    )
+    assert (np.abs(falling.observation[ended]) <= 0.05).all()
+    np.testing.assert_array_equal(falling.observation[~ended], falling.final_observation[~ended])
 
 
-def test_copies_start_and_restart_differently():
-    environment = make("CartPole-v1")
-    observation, _ = environment.reset(jax.random.key(0), 8)
-    assert len(np.unique(observation, axis=0)) == 8
-    transitions = play(environment, push_right, num_envs=8, num_steps=60)
-    restarts = transitions.observation[transitions.terminated]
+def test_copies_start_and_restart_differently(falling):
+    assert len(np.unique(falling.final_observation[0], axis=0)) == 8
+    restarts = falling.observation[falling.terminated]
     assert len(restarts) > 20
     assert len(np.unique(restarts, axis=0)) == len(restarts)
 

@@ -1,0 +1,254 @@
+"""Metrics: exact totals, a mean over a full window only, and sinks that show the numbers."""
+
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from a3c_jax import metrics
+from a3c_jax.metrics import Counters, EpisodeLog, JsonLines, ProgressBar
+
+NO_EPISODES = (np.zeros(0, np.float32), np.zeros(0, np.int32))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is set."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def record(counters, returns, lengths=None, worker=0, staleness=0, **values):
+    returns = np.asarray(returns, np.float32)
+    lengths = np.ones(len(returns), np.int32) if lengths is None else np.asarray(lengths, np.int32)
+    counters.record(worker, staleness, values, returns, lengths)
+
+
+def test_totals_are_exact():
+    counters = Counters(steps_per_update=40, window=10)
+    for n in range(7):
+        record(counters, [1.0] * n)  # none, one, several episodes an update
+    assert counters.updates == 7
+    assert counters.environment_steps == 7 * 40
+    assert counters.episodes == 21
+
+
+def test_the_mean_return_is_that_of_the_last_window_and_none_before_there_are_so_many():
+    counters = Counters(steps_per_update=1, window=3)
+    record(counters, [10.0, 20.0])
+    assert counters.mean_return is None
+    record(counters, [])
+    assert counters.mean_return is None
+    record(counters, [60.0])
+    assert counters.mean_return == (10 + 20 + 60) / 3
+    record(counters, [])
+    assert counters.mean_return == 30.0
+    record(counters, [100.0])
+    assert counters.mean_return == (20 + 60 + 100) / 3
+    record(counters, [1.0, 2.0, 3.0, 4.0, 5.0])  # more than the window at once
+    assert counters.mean_return == 4.0
+
+
+def test_the_log_has_a_row_for_each_episode_in_the_order_of_the_updates(clock):
+    counters = Counters(steps_per_update=20, window=2)
+    counters.start_clock()
+    clock.now += 1.5
+    record(counters, [3.0], lengths=[30], worker=2)
+    clock.now += 0.5
+    record(counters, [], worker=5)
+    record(counters, [7.25, -1.0], lengths=[4, 9], worker=1)
+    expected = EpisodeLog(
+        worker=np.array([2, 1, 1], np.int32),
+        episode_return=np.array([3.0, 7.25, -1.0]),
+        length=np.array([30, 4, 9], np.int32),
+        environment_steps=np.array([20, 60, 60]),
+        seconds=np.array([1.5, 2.0, 2.0]),
+    )
+    for actual, column in zip(counters.log(), expected, strict=True):
+        assert actual.dtype == column.dtype
+        np.testing.assert_array_equal(actual, column)
+
+
+def test_the_log_is_a_copy_and_empty_at_first():
+    counters = Counters(steps_per_update=1, window=2)
+    log = counters.log()
+    assert [len(column) for column in log] == [0] * 5
+    record(counters, [1.0])
+    assert [len(column) for column in log] == [0] * 5
+    assert [len(column) for column in counters.log()] == [1] * 5
+
+
+def test_new_episodes_are_each_reported_once():
+    counters = Counters(steps_per_update=1, window=2)
+    assert len(counters.new_episodes().worker) == 0
+    record(counters, [1.0, 2.0])
+    record(counters, [3.0])
+    np.testing.assert_array_equal(counters.new_episodes().episode_return, [1, 2, 3])
+    assert len(counters.new_episodes().worker) == 0
+    record(counters, [4.0])
+    np.testing.assert_array_equal(counters.new_episodes().episode_return, [4])
+    np.testing.assert_array_equal(counters.log().episode_return, [1, 2, 3, 4])
+
+
+def test_a_row_holds_totals_and_rates_since_the_row_before(clock):
+    counters = Counters(steps_per_update=50, window=4)
+    counters.start_clock()
+    record(counters, [10.0], staleness=1)
+    record(counters, [20.0], staleness=4, loss=np.float32(0.5), entropy=np.float32(0.25))
+    clock.now += 2.0
+    row = counters.row()
+    assert row == {
+        "seconds": 2.0,
+        "environment_steps": 100,
+        "episodes": 2,
+        "updates": 2,
+        "steps_per_second": 100 / 2.0,
+        "mean_return": 15.0,  # of the episodes there are, if fewer than the window
+        "staleness": (1 + 4) / 2,
+        "max_staleness": 4,
+        "loss": 0.5,
+        "entropy": 0.25,
+    }
+    assert type(row["loss"]) is float
+
+    clock.now += 0.5
+    record(counters, [], staleness=3, loss=np.float32(2.0))
+    row = counters.row()
+    assert row["seconds"] == 2.5
+    assert row["environment_steps"] == 150
+    assert row["steps_per_second"] == 50 / 0.5
+    assert row["staleness"] == 3.0
+    assert row["max_staleness"] == 4
+    assert row["loss"] == 2.0
+
+
+def test_rows_without_anything_new_or_any_time_between_them_are_no_error(clock):
+    counters = Counters(steps_per_update=50, window=4)
+    counters.start_clock()
+    for _ in range(2):
+        row = counters.row()
+        assert (row["environment_steps"], row["episodes"], row["updates"]) == (0, 0, 0)
+        assert row["steps_per_second"] == row["staleness"] == 0.0
+        assert np.isnan(row["mean_return"])
+
+
+def test_the_clock_can_be_started_later_than_the_counters_are_made(clock):
+    counters = Counters(steps_per_update=50, window=4)
+    clock.now += 100.0
+    counters.start_clock()
+    clock.now += 1.0
+    record(counters, [1.0])
+    assert counters.row()["steps_per_second"] == 50.0
+    np.testing.assert_array_equal(counters.log().seconds, [1.0])
+
+
+def test_rows_and_logs_can_be_taken_while_another_thread_records():
+    counters = Counters(steps_per_update=5, window=50)
+    begun, errors = threading.Event(), []
+
+    def write():
+        try:
+            for n in range(4000):
+                record(counters, [float(n)] * 2, lengths=[n, n])
+                begun.set()
+        except BaseException as error:
+            errors.append(error)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    assert begun.wait(30)
+    seen = []
+    while writer.is_alive():
+        counters.row()
+        seen.append(counters.new_episodes())
+        log = counters.log()
+        assert len({len(column) for column in log}) == 1, "columns of different lengths"
+    writer.join(30)
+    assert errors == []
+    seen.append(counters.new_episodes())
+    np.testing.assert_array_equal(
+        np.concatenate([log.length for log in seen]), np.repeat(np.arange(4000), 2)
+    )
+
+
+def some_row(**changes):
+    counters = Counters(steps_per_update=50, window=4)
+    record(counters, [10.0])
+    return counters.row() | changes
+
+
+def episodes():
+    return EpisodeLog(*(np.zeros(0) for _ in EpisodeLog._fields))
+
+
+def test_json_lines_appends_one_valid_object_a_line_with_null_for_what_is_not_finite(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"before": 1}\n', encoding="utf-8")
+    sink = JsonLines(path)
+    row = some_row(mean_return=float("nan"), loss=float("inf"), entropy=0.125)
+    sink.write(row, episodes())
+    sink.write(some_row(environment_steps=12345), episodes())
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 3, "not written at once"
+    sink.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    before, first, second = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert before == {"before": 1}
+    assert set(first) == set(row)
+    assert (first["mean_return"], first["loss"], first["entropy"]) == (None, None, 0.125)
+    assert first["environment_steps"] == 50
+    assert second["environment_steps"] == 12345
+
+
+def test_json_lines_fails_when_it_is_made_where_the_folder_does_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        JsonLines(tmp_path / "missing" / "metrics.jsonl")
+
+
+def shown(output):
+    """The last state of the bar: each one overwrites the one before."""
+    return [line for line in output.getvalue().replace("\n", "\r").split("\r") if line.strip()][-1]
+
+
+@pytest.mark.parametrize(("max_steps", "total"), [(1_000, "1.00k/1.00k"), (None, "1.00k")])
+def test_the_progress_bar_shows_the_numbers_and_the_final_total(max_steps, total):
+    output = io.StringIO()
+    bar = ProgressBar(max_steps, window=7, file=output, ncols=400)
+    changes = {"seconds": 0.5, "staleness": 1.25}
+    bar.write(some_row(environment_steps=400, episodes=3, **changes), episodes())
+    bar.write(
+        some_row(
+            environment_steps=1_000, episodes=1_234, updates=5_678, mean_return=98.76, **changes
+        ),
+        episodes(),
+    )
+    bar.close()
+    text = shown(output)
+    for part in (
+        total,
+        "2,000 steps/s",
+        "1,234 episodes",
+        "5,678 updates",
+        "last 7",
+        "98.8",
+        "1.25",
+    ):
+        assert part in text
+    assert ("100%" in text) == (max_steps is not None)
+
+
+def test_the_progress_bar_may_pass_its_total_by_the_last_segment():
+    output = io.StringIO()
+    bar = ProgressBar(1_000, file=output, ncols=400)
+    bar.write(some_row(environment_steps=1_004, seconds=1.0), episodes())
+    bar.close()
+    assert "1,004 steps/s" in shown(output)
