@@ -118,15 +118,17 @@ class A3CConfig:
         self._check_choice("optimizer", get_args(Optimizer))
         self._check_choice("learning_rate_schedule", get_args(Schedule))
         self._check_choice("activation", get_args(Activation))
-        if not isinstance(self.environment, str) or not self.environment:
-            self._fail(
-                "environment", "must be the name of an environment", "use 'CartPole-v1'", TypeError
-            )
+        if not isinstance(self.environment, str):
+            self._fail("environment", "must be a name", "use 'CartPole-v1'", TypeError)
+        if not self.environment:
+            self._fail("environment", "must not be empty", "use 'CartPole-v1'")
         if not isinstance(self.shared_torso, bool):
             self._fail("shared_torso", "must be True or False", "use False", TypeError)
         sizes = self.hidden_sizes
-        if not isinstance(sizes, tuple | list) or not all(type(n) is int and n > 0 for n in sizes):
-            self._fail("hidden_sizes", "must be a tuple of positive integers", "use (128,)")
+        if not isinstance(sizes, tuple | list) or not all(type(n) is int for n in sizes):
+            self._fail("hidden_sizes", "must be a tuple of integers", "use (128,)", TypeError)
+        if not all(n > 0 for n in sizes):
+            self._fail("hidden_sizes", "must be positive", "use (128,)")
         object.__setattr__(self, "hidden_sizes", tuple(sizes))
 
         if self.max_steps is None and self.max_episodes is None and self.solved_return is None:

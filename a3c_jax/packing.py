@@ -27,9 +27,15 @@ class Packing(Generic[Tree]):
     """
 
     def __init__(self, example: Tree) -> None:
+        self._treedef: Any
         leaves, self._treedef = jax.tree.flatten(example)
         self._key_impls = [jax.random.key_impl(x) if _is_key(x) else None for x in leaves]
-        self._leaves = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+        self._leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+        for leaf in self._leaves:
+            if not _is_key(leaf) and leaf.dtype.itemsize > 4:
+                raise TypeError(
+                    f"elements must have at most 32 bits, got {leaf.dtype}; turn off x64 mode."
+                )
         words = [jax.eval_shape(_to_words, leaf) for leaf in self._leaves]
         self._word_shapes = [w.shape for w in words]
         sizes = [math.prod(shape) for shape in self._word_shapes]
@@ -38,12 +44,18 @@ class Packing(Generic[Tree]):
 
     def pack(self, tree: Tree) -> Array:
         """The tree as one `[size]` uint32 vector. May be traced."""
-        words = [_to_words(x).ravel() for x in jax.tree.leaves(tree)]
+        leaves, treedef = jax.tree.flatten(tree)
+        if treedef != self._treedef:
+            raise ValueError(
+                f"the tree must have the structure {self._treedef}, got {treedef}; make another "
+                "Packing for it."
+            )
+        words = [_to_words(x).ravel() for x in leaves]
         return jnp.concatenate(words) if words else jnp.zeros(0, jnp.uint32)
 
     def unpack(self, vector: Array) -> Tree:
         """The tree from its vector. May be traced."""
-        pieces = jnp.split(vector, self._bounds[:-1])
+        pieces = jnp.split(vector, self._bounds[:-1]) if self._leaves else []
         leaves = [
             _from_words(piece.reshape(shape), leaf.dtype, key_impl)
             for piece, shape, leaf, key_impl in zip(
@@ -75,8 +87,6 @@ def _to_words(x: Array) -> Array:
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
     bits = 8 * x.dtype.itemsize
-    if bits > 32:
-        raise TypeError(f"elements must have at most 32 bits, got {x.dtype}; turn off x64 mode.")
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
 
 

@@ -31,7 +31,7 @@ def count(params, state):
 
 def run(threads, on_tick=None, interval=0.01):
     """Runs the threads, raises what `run` raises; fails if it hangs or leaves a thread alive."""
-    outcome = []
+    outcome, before = [], set(threading.enumerate())
 
     def target():
         try:
@@ -43,13 +43,14 @@ def run(threads, on_tick=None, interval=0.01):
     runner.start()
     runner.join(TIMEOUT)
     assert not runner.is_alive(), "the run does not end"
-    assert_no_worker_is_alive()
+    assert_no_worker_is_alive(before)
     if outcome[0] is not None:
         raise outcome[0]
 
 
-def assert_no_worker_is_alive():
-    assert [t.name for t in threading.enumerate() if t.name.startswith("a3c-worker-")] == []
+def assert_no_worker_is_alive(before):
+    alive = set(threading.enumerate()) - before
+    assert [t.name for t in alive if t.name.startswith("a3c-worker-")] == []
 
 
 def worker_of_this_thread():
@@ -226,10 +227,10 @@ def test_the_tick_is_called_by_the_thread_that_runs_and_again_and_again():
 
 def test_a_run_in_the_main_thread_does_the_same_as_in_another():
     assert threading.current_thread() is threading.main_thread()
-    store = make_store()
+    store, before = make_store(), set(threading.enumerate())
     WorkerThreads(count, store, [0] * 3, max_updates=30).run()
     assert store.pull().version == 30
-    assert_no_worker_is_alive()
+    assert_no_worker_is_alive(before)
 
 
 @pytest.mark.parametrize("max_updates", [100, None])
