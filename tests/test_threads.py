@@ -13,7 +13,7 @@ import pytest
 from a3c_jax.parameters import SharedParameters, make_optimizer
 from a3c_jax.threads import WorkerError, WorkerThreads
 
-TIMEOUT = 30.0
+TIMEOUT = 20.0
 
 
 def make_store(optimizer=None, params=None):
@@ -42,7 +42,9 @@ def run(threads, on_tick=None, interval=0.01):
     runner = threading.Thread(target=target, daemon=True)
     runner.start()
     runner.join(TIMEOUT)
-    assert not runner.is_alive(), "the run does not end"
+    if runner.is_alive():
+        threads.stop()  # lest it slow down the tests after this one
+        pytest.fail("the run does not end")
     assert_no_worker_is_alive(before)
     if outcome[0] is not None:
         raise outcome[0]
@@ -354,6 +356,29 @@ def test_an_exception_of_the_tick_comes_through_and_leaves_no_thread_alive(kind)
         run(threads, on_tick)
     version = store.pull().version
     assert float(store.pull().params) == version == sum(threads.states)
+
+
+def test_a_run_that_fails_waits_for_the_segments_being_played(monkeypatch):
+    waited_for, join = threading.Event(), threading.Thread.join
+
+    def join_and_tell(thread, timeout=None):
+        if thread.name.startswith("a3c-worker-"):
+            waited_for.set()
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", join_and_tell)
+    store = make_store()
+
+    def step(params, state):
+        assert waited_for.wait(TIMEOUT)  # until the run has failed and waits for this worker
+        return count(params, state)
+
+    def on_tick():
+        raise Boom
+
+    with pytest.raises(Boom):
+        run(WorkerThreads(step, store, [0] * 2), on_tick)
+    assert store.pull().version == 2
 
 
 def wander(params, state):
