@@ -35,7 +35,7 @@ class A3CConfig:
     """Seed of every random number of the run: the initial parameters, each worker, the evaluation."""
     num_workers: int = dataclasses.field(default_factory=available_cores)
     """Worker threads, each with its own environments; by default the number of cores."""
-    envs_per_worker: int = 16
+    envs_per_worker: int = 8
     """Environments that each worker plays side by side: 1 is the paper's actor-learner, more is the batched form."""
     t_max: int = 16
     """Steps that a worker plays in each of its environments between two updates; the paper's is 5."""
@@ -51,7 +51,7 @@ class A3CConfig:
 
     optimizer: Optimizer = "adam"
     """Adam; momentum SGD; RMSProp with statistics shared by all workers (the paper's choice); or RMSProp with statistics for each worker."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """The optimizer's step size, or its initial value where the schedule is linear."""
     learning_rate_schedule: Schedule = "constant"
     """Constant, or annealed linearly to zero over max_steps, as in the paper."""
@@ -102,7 +102,7 @@ class A3CConfig:
             self._check_float(
                 name, lambda x: x >= 0, "must be >= 0", f"use {default}, or 0 for none"
             )
-        self._check_float("learning_rate", lambda x: x > 0, "must be > 0", "use 3e-3")
+        self._check_float("learning_rate", lambda x: x > 0, "must be > 0", "use 2e-3")
         for name, default in (("momentum", 0.9), ("rmsprop_decay", 0.99)):
             self._check_float(name, lambda x: 0 <= x < 1, "must lie in [0, 1)", f"use {default}")
         for name in ("adam_epsilon", "rmsprop_epsilon"):

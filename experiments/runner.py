@@ -133,8 +133,8 @@ def _run(
     learning_curve(
         run_dir / "learning_curve.png",
         result.episodes,
-        title=f"A3C on {config.environment}: {config.num_workers} workers, "
-        f"{config.envs_per_worker} environments each",
+        title=f"A3C on {config.environment}: workers {config.num_workers}, "
+        f"environments per worker {config.envs_per_worker}",
         window=config.solved_window,
         random_return=evaluations.get("random", {}).get("mean"),
         **({"solved": config.solved_return} | plot_options),

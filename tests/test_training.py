@@ -187,7 +187,7 @@ def test_a_recorded_schedule_replays_bit_for_bit():
     step = jax.jit(make_worker_step(environment, network, t_max=4, **costs))
     flat, unravel = ravel_pytree(params)
     store = a3c_jax.SharedParameters(
-        flat, make_optimizer("adam", learning_rate=3e-3, max_gradient_norm=0.5)
+        flat, make_optimizer("adam", learning_rate=2e-3, max_gradient_norm=0.5)
     )
     versions = [flat]
     for worker, pulled in zip(*result.schedule, strict=True):
