@@ -61,8 +61,8 @@ class Environment(Protocol):
 class GymnaxEnvironment:
     """N copies of a gymnax environment.
 
-    A step gives what gymnax's own `step` gives, bit for bit (a test compares them), but draws the
-    states to reset to only when at least one of the N episodes ended.
+    A step does what gymnax's own `step` does, operation for operation (a test compares them), but draws
+    the states to reset to only when at least one of the N episodes ended.
     """
 
     def __init__(self, name: str, environment: Any, params: Any) -> None:

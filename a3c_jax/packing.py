@@ -65,11 +65,20 @@ class Packing(Generic[Tree]):
         return jax.tree.unflatten(self._treedef, leaves)
 
     def unpack_on_host(self, vector: Array) -> Tree:
-        """The tree as NumPy arrays, mostly views; for trees of bool, int32, uint32 and float32 only."""
+        """The tree as NumPy arrays, mostly views.
+
+        Raises:
+          TypeError: where a leaf is not of bool, int32, uint32 or float32.
+        """
         words = np.asarray(vector)
         leaves = []
         begin = 0
         for end, leaf in zip(self._bounds, self._leaves, strict=True):
+            if leaf.dtype not in (np.bool_, np.int32, np.uint32, np.float32):
+                raise TypeError(
+                    f"elements must be bool, int32, uint32 or float32 to be read on the host, got "
+                    f"{leaf.dtype}; use unpack."
+                )
             piece = words[begin:end].reshape(leaf.shape)
             leaves.append(piece != 0 if leaf.dtype == np.bool_ else piece.view(leaf.dtype))
             begin = end

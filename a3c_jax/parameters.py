@@ -49,9 +49,16 @@ class SharedParameters:
       params: the initial parameters, any tree (the training loop uses one flat vector).
       optimizer: an optax transformation. One whose update takes the extra argument `worker` learns which
         worker sent the gradients.
+      num_workers: how many workers there are; None does not check who sends gradients.
     """
 
-    def __init__(self, params: Any, optimizer: optax.GradientTransformation) -> None:
+    def __init__(
+        self,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        num_workers: int | None = None,
+    ) -> None:
+        self._num_workers = num_workers
         self._optimizer = optax.with_extra_args_support(optimizer)
         self._update = jax.jit(self._apply_gradients)
         self._lock = threading.Lock()
@@ -85,8 +92,14 @@ class SharedParameters:
           The staleness: how many updates were applied between the pull and this call.
 
         Raises:
-          ValueError: where `pulled_version` is not the number of a version up to the current one.
+          ValueError: where `pulled_version` is not the number of a version up to the current one, or
+            there is no such worker.
         """
+        if self._num_workers is not None and not 0 <= worker < self._num_workers:
+            raise ValueError(
+                f"worker must lie in [0, {self._num_workers - 1}], got {worker}; make the store with "
+                "a larger num_workers."
+            )
         with self._lock:
             params, version = self._snapshot
             staleness = version - pulled_version

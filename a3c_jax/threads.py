@@ -37,6 +37,9 @@ class WorkerThreads:
       on_commit: called as `on_commit(worker, new_snapshot, staleness, record)` after each update, with
         the store's lock held.
       max_updates: how many updates to make, all threads together, exactly; None sets no limit.
+
+    Raises:
+      ValueError: where there are no states.
     """
 
     def __init__(
@@ -48,6 +51,10 @@ class WorkerThreads:
         on_commit: Commit | None = None,
         max_updates: int | None = None,
     ) -> None:
+        if not states:
+            raise ValueError(
+                "states must hold one state for each worker, got none; give at least one."
+            )
         self.states = list(states)
         """Each worker's state as of its last update."""
         self._step = step
@@ -62,7 +69,7 @@ class WorkerThreads:
         self._error: WorkerError | None = None
 
     def run(self, on_tick: Callable[[], None] | None = None, interval: float = 0.5) -> None:
-        """Runs the threads until the budget is spent, `stop` is called, or one of them fails.
+        """Runs the threads, once, until the budget is spent, `stop` is called, or one of them fails.
 
         However it ends, by an exception of `on_tick` or Ctrl-C too, no thread is alive afterwards.
 
@@ -72,7 +79,10 @@ class WorkerThreads:
 
         Raises:
           WorkerError: the first exception of a worker, as its cause.
+          RuntimeError: where they have run before.
         """
+        if self._finished.is_set():
+            raise RuntimeError("these WorkerThreads have run already; make new ones.")
         threads = [
             threading.Thread(target=self._work, args=(worker,), name=f"a3c-worker-{worker}")
             for worker in range(len(self.states))

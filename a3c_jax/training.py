@@ -184,6 +184,7 @@ def _train(
             rmsprop_epsilon=config.rmsprop_epsilon,
             num_workers=config.num_workers,
         ),
+        config.num_workers,
     )
     packed_states = [jax.jit(state_packing.pack)(state) for state in states]
     gradients, _, _ = step(flat_params, packed_states[0])  # compiles; the outcome is not used

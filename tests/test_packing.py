@@ -134,3 +134,9 @@ def test_a_tree_of_another_structure_is_refused():
     packing = Packing({"a": jnp.zeros(2), "b": jnp.zeros(2)})
     with pytest.raises(ValueError, match="b"):
         packing.pack({"a": jnp.zeros(2)})
+
+
+def test_what_the_host_cannot_view_is_refused_there():
+    packing = Packing({"half": jnp.ones(2, jnp.float16)})
+    with pytest.raises(TypeError, match="to be read on the host, got float16"):
+        packing.unpack_on_host(packing.pack({"half": jnp.ones(2, jnp.float16)}))

@@ -402,3 +402,10 @@ def test_one_flat_vector_and_a_tree_of_the_same_numbers_move_alike(name):
         on_tree.apply(unravel(gradient), n, n % 2)
         on_flat.apply(gradient, n, n % 2)
     chex.assert_trees_all_close(on_tree.pull().params, unravel(on_flat.pull().params), rtol=1e-5)
+
+
+def test_a_worker_that_the_store_does_not_know_is_refused():
+    store = SharedParameters(jnp.zeros(2), make_optimizer("rmsprop", learning_rate=1.0), 1)
+    with pytest.raises(ValueError, match=r"worker must lie in \[0, 0\], got 1"):
+        store.apply(jnp.ones(2), 0, 1)
+    assert store.pull().version == 0

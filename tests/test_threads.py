@@ -425,3 +425,13 @@ def test_replaying_the_schedule_in_one_thread_gives_the_same_run_bit_for_bit(opt
     # It is the schedule that does it: the same updates without their staleness lead elsewhere.
     fresh, _ = replay(schedule.worker, np.arange(100))
     assert not np.array_equal(fresh.pull().params, store.pull().params)
+
+
+def test_threads_without_a_state_or_a_second_run_are_refused():
+    store = SharedParameters(jnp.zeros(()), optax.sgd(1.0))
+    with pytest.raises(ValueError, match="states must hold one state for each worker"):
+        WorkerThreads(lambda params, state: (params, state, None), store, [])
+    threads = WorkerThreads(lambda params, state: (params, state, None), store, [0], max_updates=1)
+    threads.run()
+    with pytest.raises(RuntimeError, match="have run already"):
+        threads.run()
