@@ -6,16 +6,14 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from jax.flatten_util import ravel_pytree
 
 from a3c_jax import environments, rollout
 from a3c_jax.config import A3CConfig
 from a3c_jax.metrics import Counters, EpisodeLog, Sink
 from a3c_jax.networks import ActorCritic
-from a3c_jax.packing import Packing
 from a3c_jax.parameters import Schedule, SharedParameters, Snapshot, make_optimizer
 from a3c_jax.threads import WorkerThreads
-from a3c_jax.worker import make_worker_step
+from a3c_jax.worker import PackedWorkerStep, make_worker_step
 
 
 class TrainResult(NamedTuple):
@@ -129,16 +127,13 @@ def _train(
     )
     network_key, workers_key, _ = _keys(config.seed)
 
-    # The store holds one flat vector, and a worker's state is one packed vector: an array that enters or
-    # leaves a compiled call costs microseconds, however small. The tree is rebuilt inside the program.
     @jax.jit
     def start(worker: Any) -> rollout.RolloutState:
         key = jax.random.fold_in(workers_key, worker)
         return rollout.start(environment, key, config.envs_per_worker)
 
     states = [start(worker) for worker in range(config.num_workers)]
-    tree = jax.jit(network.init)(network_key, states[0].observation)
-    flat_params, unravel = ravel_pytree(tree)
+    params = jax.jit(network.init)(network_key, states[0].observation)
     clock.lap("setup")
 
     worker_step = make_worker_step(
@@ -150,29 +145,10 @@ def _train(
         entropy_cost=config.entropy_cost,
         terminal_reward=config.terminal_reward,
     )
-    state_packing = Packing(states[0])
-    statistics_packing = Packing(jax.eval_shape(worker_step, tree, states[0])[2])
-
-    @jax.jit
-    def packed_step(flat_params: Any, packed_state: Any) -> tuple[Any, Any, Any]:
-        params, state = unravel(flat_params), state_packing.unpack(packed_state)
-        gradients, state, statistics = worker_step(params, state)
-        return (
-            ravel_pytree(gradients)[0],
-            state_packing.pack(state),
-            statistics_packing.pack(statistics),
-        )
-
-    def step(flat_params: Any, packed_state: Any) -> tuple[Any, Any, Any]:
-        outputs = packed_step(flat_params, packed_state)
-        gradients, packed_state, statistics = jax.block_until_ready(outputs)
-        metrics, episodes = statistics_packing.unpack_on_host(statistics)
-        ended = episodes.ended
-        record = (metrics, episodes.episode_return[ended], episodes.length[ended])
-        return gradients, packed_state, record
-
+    step = PackedWorkerStep(worker_step, params, states[0])
+    packed_states = [step.pack_state(state) for state in states]
     store = SharedParameters(
-        flat_params,
+        step.flatten(params),
         make_optimizer(
             config.optimizer,
             learning_rate=config.learning_rate,
@@ -186,8 +162,7 @@ def _train(
         ),
         config.num_workers,
     )
-    packed_states = [jax.jit(state_packing.pack)(state) for state in states]
-    gradients, _, _ = step(flat_params, packed_states[0])  # compiles; the outcome is not used
+    gradients, _, _ = step(store.pull().params, packed_states[0])  # compiles; nothing is applied
     store.compile(gradients)
     clock.lap("compile")
 
@@ -228,8 +203,8 @@ def _train(
             config=config,
             environment=environment,
             network=network,
-            params=unravel(final.params),
-            best_params=unravel(best_params),
+            params=step.unflatten(final.params),
+            best_params=step.unflatten(best_params),
             best_mean_return=best[0],
             opt_state=store.opt_state,
             version=final.version,
