@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from a3c_jax import runtime
 
 runtime.configure()  # before gymnax, which starts JAX's backend
+runtime.defer_import("matplotlib.pyplot")  # gymnax needs them to render, and only then
+runtime.defer_import("seaborn")
 
 import gymnax  # noqa: E402
 from gymnax.environments import spaces  # noqa: E402

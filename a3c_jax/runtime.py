@@ -5,8 +5,12 @@ Importing `a3c_jax.losses`, `distributions` or `config` leaves the process alone
 JAX's backend when it is imported and the settings must come first.
 """
 
+import importlib
 import os
+import sys
+import types
 import warnings
+from typing import Any
 
 import jax
 from jax._src import xla_bridge
@@ -37,3 +41,28 @@ def configure() -> None:
         )
         return
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+class _Deferred(types.ModuleType):
+    """Stands for a module until something in it is used."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        module = importlib.import_module(self.__name__)
+        self.__dict__.update(module.__dict__)
+        return getattr(module, attribute)
+
+
+def defer_import(name: str) -> None:
+    """Makes `import name` take no time: the module loads when something in it is first used.
+
+    gymnax imports matplotlib.pyplot and seaborn for its renderings alone, which is more than half of the
+    time that its own import takes. A module that is loaded already is left as it is.
+    """
+    if name in sys.modules:
+        return
+    parent, _, child = name.rpartition(".")
+    module = sys.modules[name] = _Deferred(name)
+    if parent:
+        setattr(importlib.import_module(parent), child, module)  # as importing the child does

@@ -4,14 +4,21 @@ Each thread repeats: pull a snapshot, call the step, apply its gradients. Nothin
 environments, networks or losses, so that the asynchrony can be read, and tested, by itself.
 """
 
+import contextlib
+import signal
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from a3c_jax.parameters import SharedParameters, Snapshot
 
 Step = Callable[[Any, Any], tuple[Any, Any, Any]]
 Commit = Callable[[int, Snapshot, int, Any], None]
+
+
+_POLL = 0.1
+"""Seconds after which Ctrl-C is noticed at the latest."""
 
 
 class WorkerError(RuntimeError):
@@ -88,17 +95,22 @@ class WorkerThreads:
             for worker in range(len(self.states))
         ]
         started = []
-        try:
-            for thread in threads:
-                thread.start()
-                started.append(thread)
-            while not self._finished.wait(interval):
-                if on_tick is not None:
-                    on_tick()
-        finally:
-            self.stop()
-            for thread in started:
-                thread.join()
+        with _noticed_interrupts() as interrupted:
+            try:
+                for thread in threads:
+                    thread.start()
+                    started.append(thread)
+                next_tick = time.monotonic() + interval
+                while not self._finished.wait(min(interval, _POLL)):
+                    if interrupted():
+                        raise KeyboardInterrupt
+                    if on_tick is not None and time.monotonic() >= next_tick:
+                        on_tick()
+                        next_tick = time.monotonic() + interval
+            finally:
+                self.stop()
+                for thread in started:
+                    thread.join()
         if self._error is not None:
             raise self._error
 
@@ -140,3 +152,31 @@ class WorkerThreads:
                 self._running -= 1
                 if not self._running:
                     self._finished.set()
+
+
+@contextlib.contextmanager
+def _noticed_interrupts() -> Iterator[Callable[[], bool]]:
+    """Notes the first Ctrl-C instead of raising it wherever the main thread happens to be.
+
+    Python drops a KeyboardInterrupt that is raised inside a destructor or a callback of the garbage
+    collector, and one that is raised inside a library may leave its locks held. A second Ctrl-C is raised
+    as usual. Outside the main thread, or where someone else handles SIGINT, nothing changes.
+    """
+    noticed: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if noticed:
+            signal.default_int_handler(number, frame)
+        noticed.append(number)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(noticed)
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

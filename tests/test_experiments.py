@@ -110,9 +110,14 @@ def test_the_article_prints_each_episode_once(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT cannot be sent to a process on Windows")
 def test_ctrl_c_keeps_what_was_learnt(tmp_path):
     folder = tmp_path / "run"
+    # A shell that starts the tests in the background has them, and their children, ignore SIGINT.
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('experiments.cartpole', run_name='__main__', alter_sys=True)"
+    )
+    endless = ["--max-steps", "None", "--solved-return", "501"]
     with subprocess.Popen(
-        [sys.executable, "-m", "experiments.cartpole", "--run-dir", str(folder)]
-        + ["--max-steps", "None", "--solved-return", "501", "--evaluation-episodes", "5"],
+        [sys.executable, "-c", program, "--run-dir", str(folder), *endless],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """Worker threads: an exact budget, prompt ends, no thread left behind, a schedule that replays."""
 
 import itertools
+import signal
 import threading
 
 import chex
@@ -435,3 +436,24 @@ def test_threads_without_a_state_or_a_second_run_are_refused():
     threads.run()
     with pytest.raises(RuntimeError, match="have run already"):
         threads.run()
+
+
+def test_ctrl_c_is_noticed_even_where_python_drops_exceptions():
+    class Interrupting:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+            for _ in range(10):
+                pass  # the handler runs here, where an exception would be ignored
+
+    store = SharedParameters(jnp.zeros(()), optax.sgd(1.0))
+    step = jax.jit(lambda params, state: (params, state, 0))
+    threads = WorkerThreads(step, store, [jnp.zeros(())] * 2)
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            threads.run(lambda: Interrupting() and None, interval=0.01)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not [t for t in threading.enumerate() if t.name.startswith("a3c-worker")]
