@@ -64,7 +64,7 @@ def test_the_lowest_modules_import_nothing_of_the_package(module):
 
 def test_threads_know_nothing_of_environments_networks_or_losses():
     assert imports_of_the_package("threads") == {"parameters"}
-    assert imports_of_others("threads") <= {"threading", "collections", "typing"}
+    assert imports_of_others("threads") <= sys.stdlib_module_names
 
 
 def test_losses_need_no_more_than_jax_and_chex():
