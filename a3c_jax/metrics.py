@@ -100,7 +100,7 @@ class Counters:
         )  # fmt: skip
         then, steps_then, updates_then, staleness_then = self._last_row
         self._last_row = (now, steps, updates, staleness)
-        recent = tuple(self._recent.copy())
+        recent = self._recent.copy()  # at once: another thread may append
         row = {
             "seconds": now - self._started,
             "environment_steps": steps,

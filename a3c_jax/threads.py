@@ -101,9 +101,7 @@ class WorkerThreads:
                     thread.start()
                     started.append(thread)
                 next_tick = time.monotonic() + interval
-                while not self._finished.wait(min(interval, _POLL)):
-                    if interrupted():
-                        raise KeyboardInterrupt
+                while not interrupted() and not self._finished.wait(min(interval, _POLL)):
                     if on_tick is not None and time.monotonic() >= next_tick:
                         on_tick()
                         next_tick = time.monotonic() + interval
@@ -113,6 +111,8 @@ class WorkerThreads:
                     thread.join()
         if self._error is not None:
             raise self._error
+        if interrupted():
+            raise KeyboardInterrupt
 
     def stop(self) -> None:
         """Asks every thread to end after the segment it is playing. Any thread may call this."""
