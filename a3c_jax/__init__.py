@@ -13,9 +13,11 @@ above it (a test reads the imports and holds this table to it):
 | `networks`      | Flax modules: torsos, heads, actor-critic                                       |
 | `environments`  | `make(name)`: one batched protocol over gymnax                                  |
 | `rollout`       | the n-step unroll, `Trajectory`, episode statistics                             |
+| `kernels`       | compiling a small program into a single kernel                                  |
 | `worker`        | `worker_step`: unroll, loss and gradients                                       |
 | `parameters`    | `SharedParameters`: lock, optimizer, version, schedule of updates               |
 | `threads`       | the worker threads over an opaque step function                                 |
+| `agent`         | what a configuration describes, built                                           |
 | `evaluation`    | whole episodes by a fixed policy                                                |
 | `metrics`       | exact counters, the log of episodes, sinks                                      |
 | `training`      | `train(config)`: wires the above together                                       |

@@ -4,7 +4,7 @@ import json
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -50,7 +50,7 @@ class Counters:
         self._recent: deque[float] = deque(maxlen=window)
         self._staleness = 0
         self._max_staleness = 0
-        self._metrics: dict[str, Any] = {}
+        self._metrics: Callable[[], dict[str, Any]] = dict
         self._started = time.perf_counter()
         self._last_row = (self._started, 0, 0, 0)
         self._reported = 0
@@ -65,11 +65,11 @@ class Counters:
         self,
         worker: int,
         staleness: int,
-        metrics: dict[str, Any],
+        metrics: Callable[[], dict[str, Any]],
         returns: np.ndarray,
         lengths: np.ndarray,
     ) -> None:
-        """Counts one update and the episodes that ended in its segment."""
+        """Counts one update and the episodes that ended in its segment. Metrics are read when a row is made."""
         self.updates += 1
         self.environment_steps += self._steps_per_update
         self._staleness += staleness
@@ -111,7 +111,7 @@ class Counters:
             "staleness": (staleness - staleness_then) / max(updates - updates_then, 1),
             "max_staleness": self._max_staleness,
         }
-        return row | {name: float(value) for name, value in self._metrics.items()}
+        return row | {name: float(value) for name, value in self._metrics().items()}
 
     def new_episodes(self) -> EpisodeLog:
         """The episodes since the last call."""

@@ -64,7 +64,7 @@ class Packing(Generic[Tree]):
         ]
         return jax.tree.unflatten(self._treedef, leaves)
 
-    def unpack_on_host(self, vector: Array) -> Tree:
+    def unpack_on_host(self, vector: Array | np.ndarray) -> Tree:
         """The tree as NumPy arrays, mostly views.
 
         Raises:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from a3c_jax import environments, rollout
+from a3c_jax import environments
+from a3c_jax.agent import evaluation_key, make_agent
 from a3c_jax.config import A3CConfig
 from a3c_jax.metrics import Counters, EpisodeLog, Sink
-from a3c_jax.networks import ActorCritic
-from a3c_jax.parameters import Schedule, SharedParameters, Snapshot, make_optimizer
+from a3c_jax.parameters import Schedule, SharedParameters, Snapshot
 from a3c_jax.threads import WorkerThreads
-from a3c_jax.worker import PackedWorkerStep, make_worker_step
+from a3c_jax.worker import PackedWorkerStep
 
 
 class TrainResult(NamedTuple):
@@ -55,7 +55,7 @@ class TrainResult(NamedTuple):
     @property
     def evaluation_key(self) -> jax.Array:
         """A key for evaluation that no worker has used."""
-        return _keys(self.config.seed)[2]
+        return evaluation_key(self.config)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -117,51 +117,12 @@ def _train(
     interval: float,
 ) -> TrainResult:
     clock = _Clock()
-    environment = environment or environments.make(config.environment)
-    network = network or ActorCritic(
-        num_actions=environment.num_actions,
-        hidden_sizes=config.hidden_sizes,
-        activation=config.activation,
-        shared_torso=config.shared_torso,
-        observation_ndim=len(environment.observation_shape),
-    )
-    network_key, workers_key, _ = _keys(config.seed)
-
-    @jax.jit
-    def start(worker: Any) -> rollout.RolloutState:
-        key = jax.random.fold_in(workers_key, worker)
-        return rollout.start(environment, key, config.envs_per_worker)
-
-    states = [start(worker) for worker in range(config.num_workers)]
-    params = jax.jit(network.init)(network_key, states[0].observation)
+    agent = make_agent(config, environment=environment, network=network)
     clock.lap("setup")
 
-    worker_step = make_worker_step(
-        environment,
-        network,
-        t_max=config.t_max,
-        discount=config.discount,
-        critic_cost=config.critic_cost,
-        entropy_cost=config.entropy_cost,
-        terminal_reward=config.terminal_reward,
-    )
-    step = PackedWorkerStep(worker_step, params, states[0])
-    packed_states = [step.pack_state(state) for state in states]
-    store = SharedParameters(
-        step.flatten(params),
-        make_optimizer(
-            config.optimizer,
-            learning_rate=config.learning_rate,
-            anneal_over=config.max_updates if config.learning_rate_schedule == "linear" else None,
-            max_gradient_norm=config.max_gradient_norm,
-            adam_epsilon=config.adam_epsilon,
-            momentum=config.momentum,
-            rmsprop_decay=config.rmsprop_decay,
-            rmsprop_epsilon=config.rmsprop_epsilon,
-            num_workers=config.num_workers,
-        ),
-        config.num_workers,
-    )
+    step = PackedWorkerStep(agent.worker_step, agent.params, agent.states[0])
+    packed_states = [step.pack_state(state) for state in agent.states]
+    store = SharedParameters(step.flatten(agent.params), agent.optimizer, config.num_workers)
     gradients, _, _ = step(store.pull().params, packed_states[0])  # compiles; nothing is applied
     store.compile(gradients)
     clock.lap("compile")
@@ -170,10 +131,10 @@ def _train(
     best: tuple[float | None, Snapshot] = (None, store.pull())
     stop_reason = "max_steps"
 
-    def on_commit(worker: int, snapshot: Snapshot, staleness: int, record: Any) -> None:
+    def on_commit(worker: int, snapshot: Snapshot, staleness: int, report: Any) -> None:
         nonlocal best, stop_reason
-        metrics, returns, lengths = record
-        counters.record(worker, staleness, metrics, returns, lengths)
+        returns, lengths = step.episodes(report)
+        counters.record(worker, staleness, lambda: step.metrics(report), returns, lengths)
         mean_return = counters.mean_return
         if not returns.size or stop_reason != "max_steps":
             return
@@ -201,8 +162,8 @@ def _train(
         best_params = final.params if best[0] is None else best[1].params
         return TrainResult(
             config=config,
-            environment=environment,
-            network=network,
+            environment=agent.environment,
+            network=agent.network,
             params=step.unflatten(final.params),
             best_params=step.unflatten(best_params),
             best_mean_return=best[0],
@@ -229,12 +190,6 @@ def _train(
     clock.lap("train")
     write()
     return result()
-
-
-def _keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The keys of the network, the workers and the evaluation."""
-    network, workers, evaluation = jax.random.split(jax.random.key(seed), 3)
-    return network, workers, evaluation
 
 
 class _Clock:

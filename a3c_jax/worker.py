@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from a3c_jax import rollout
+from a3c_jax import kernels, rollout
 from a3c_jax.environments import Environment
 from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import trajectory_apply
@@ -87,6 +87,14 @@ def make_worker_step(
     return worker_step
 
 
+class _Report(NamedTuple):
+    """What a packed step reports: the statistics, with the number of episodes that ended as the first word."""
+
+    num_ended: Any
+    metrics: Any
+    episodes: Any
+
+
 class PackedWorkerStep:
     """A worker step compiled over one vector of parameters and one of state, as the threads call it.
 
@@ -105,41 +113,60 @@ class PackedWorkerStep:
         packing = Packing(state)
         self.pack_state: Callable[[WorkerState], Array] = jax.jit(packing.pack)
         """A worker's state as a vector."""
-        self._statistics = Packing(jax.eval_shape(worker_step, params, state)[2])
+        statistics = jax.eval_shape(worker_step, params, state)[2]
+        self._metric_names = list(statistics.metrics)
+        self._report = Packing(
+            _Report(
+                jax.ShapeDtypeStruct((), jnp.int32),
+                jax.ShapeDtypeStruct((len(self._metric_names),), jnp.float32),
+                statistics.episodes,
+            )
+        )
 
-        @jax.jit
         def step(flat_params: Array, packed_state: Array) -> tuple[Array, Array, Array]:
-            gradients, state, statistics = worker_step(
+            gradients, state, (metrics, episodes) = worker_step(
                 self.unflatten(flat_params), packing.unpack(packed_state)
             )
+            num_ended = jnp.sum(episodes.ended, dtype=jnp.int32)
+            values = jnp.stack([metrics[name] for name in self._metric_names])
             return (
                 self.flatten(gradients),
                 packing.pack(state),
-                self._statistics.pack(statistics),
+                self._report.pack(_Report(num_ended, values, episodes)),
             )
 
-        self._step = step
+        # The multiplications of one forward pass, but for the weights that are shared.
+        work = statistics.episodes.ended.size * self.flatten(params).size
+        self._step: Callable[[Array, Array], tuple[Array, Array, Array]] = jax.jit(step)
+        if work <= kernels.MAX_WORK:
+            self._step = kernels.compile_fused(step, self.flatten(params), self.pack_state(state))
 
     @staticmethod
     def flatten(params: Any) -> Array:
         """The parameters, or their gradients, as one vector."""
         return ravel_pytree(params)[0]
 
-    def __call__(
-        self, flat_params: Array, packed_state: Array
-    ) -> tuple[Array, Array, tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]]:
+    def __call__(self, flat_params: Array, packed_state: Array) -> tuple[Array, Array, np.ndarray]:
         """Plays a segment and waits for it.
 
         Returns:
-          The flat gradients, the packed state, and on the host: the metrics, and the returns and the
-          lengths of the episodes that ended, `[E]` each.
+          The flat gradients, the packed state, and the report: a vector of words for the methods below,
+          since most reports hold nothing that anyone reads.
         """
-        outputs = self._step(flat_params, packed_state)
-        gradients, packed_state, statistics = jax.block_until_ready(outputs)
-        metrics, episodes = self._statistics.unpack_on_host(statistics)
-        ended = episodes.ended
-        return (
-            gradients,
-            packed_state,
-            (metrics, episodes.episode_return[ended], episodes.length[ended]),
-        )
+        gradients, packed_state, report = self._step(flat_params, packed_state)
+        return gradients, packed_state, np.asarray(report)  # waits: a call's results come together
+
+    def metrics(self, report: np.ndarray) -> dict[str, float]:
+        """The metrics of a report, by name."""
+        values = self._report.unpack_on_host(report).metrics.tolist()
+        return dict(zip(self._metric_names, values, strict=True))
+
+    def episodes(self, report: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The returns and the lengths of the episodes that ended, `[E]` each."""
+        if not report[0]:  # by far the most frequent case with small segments
+            return _NO_EPISODES
+        episodes = self._report.unpack_on_host(report).episodes
+        return episodes.episode_return[episodes.ended], episodes.length[episodes.ended]
+
+
+_NO_EPISODES = np.zeros(0, np.float32), np.zeros(0, np.int32)

@@ -27,7 +27,7 @@ def clock(monkeypatch):
 def record(counters, returns, lengths=None, worker=0, staleness=0, **values):
     returns = np.asarray(returns, np.float32)
     lengths = np.ones(len(returns), np.int32) if lengths is None else np.asarray(lengths, np.int32)
-    counters.record(worker, staleness, values, returns, lengths)
+    counters.record(worker, staleness, lambda: values, returns, lengths)
 
 
 def test_totals_are_exact():

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 from probes import Probe
 
 import a3c_jax
-from a3c_jax import A3CConfig, training
+from a3c_jax import A3CConfig, agent
+from a3c_jax.agent import make_agent
 from a3c_jax.environments import Transition
-from a3c_jax.parameters import make_optimizer
-from a3c_jax.worker import make_worker_step
+from a3c_jax.worker import PackedWorkerStep, make_worker_step
 
 SMALL = {"num_workers": 2, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,)}
 LEARN = {
@@ -176,25 +175,18 @@ def test_a_recorded_schedule_replays_bit_for_bit():
     result = a3c_jax.train(config)
     assert len(set(result.schedule.worker)) > 1
 
-    # The same run again, in one thread, on trees, by the pure functions.
-    environment, network = result.environment, result.network
-    network_key, workers_key, _ = training._keys(config.seed)
-    states = [
-        training.rollout.start(environment, jax.random.fold_in(workers_key, w), 2) for w in range(3)
-    ]
-    params = jax.jit(network.init)(network_key, states[0].observation)
-    costs = {"discount": 0.99, "critic_cost": 0.5, "entropy_cost": 0.01}
-    step = jax.jit(make_worker_step(environment, network, t_max=4, **costs))
-    flat, unravel = ravel_pytree(params)
-    store = a3c_jax.SharedParameters(
-        flat, make_optimizer("adam", learning_rate=2e-3, max_gradient_norm=0.5)
-    )
-    versions = [flat]
+    # The same run again, in one thread, worker by worker as the schedule says.
+    start = make_agent(config)
+    step = PackedWorkerStep(start.worker_step, start.params, start.states[0])
+    states = [step.pack_state(state) for state in start.states]
+    store = a3c_jax.SharedParameters(step.flatten(start.params), start.optimizer, 3)
+    versions = [store.pull().params]
     for worker, pulled in zip(*result.schedule, strict=True):
-        gradients, states[worker], _ = step(unravel(versions[pulled]), states[worker])
-        store.apply(ravel_pytree(gradients)[0], int(pulled), int(worker))
+        gradients, states[worker], _ = step(versions[pulled], states[worker])
+        store.apply(gradients, int(pulled), int(worker))
         versions.append(store.pull().params)
-    chex.assert_trees_all_equal(unravel(versions[-1]), result.params)
+    chex.assert_trees_all_equal(step.unflatten(versions[-1]), result.params)
+    chex.assert_trees_all_equal(store.opt_state, result.opt_state)
 
 
 def test_everything_compiles_once_before_the_threads_start(monkeypatch):
@@ -209,7 +201,7 @@ def test_everything_compiles_once_before_the_threads_start(monkeypatch):
 
         return counting
 
-    monkeypatch.setattr(training, "make_worker_step", counted)
+    monkeypatch.setattr(agent, "make_worker_step", counted)
     a3c_jax.train(A3CConfig(**SMALL, max_steps=400))
     assert 1 <= len(traces) <= 2  # once for the shapes of the statistics, once to compile
     assert not any(name.startswith("a3c-worker") for name in traces)

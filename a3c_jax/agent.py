@@ -1,0 +1,107 @@
+"""What a configuration describes, built: environment, network, first parameters and states, worker step, optimizer."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import optax
+
+from a3c_jax import environments, rollout
+from a3c_jax.config import A3CConfig
+from a3c_jax.networks import ActorCritic
+from a3c_jax.parameters import make_optimizer
+from a3c_jax.worker import WorkerState, WorkerStep, make_worker_step
+
+
+class Agent(NamedTuple):
+    """Everything that a run starts from. It is the same for the same configuration, bit for bit.
+
+    Attributes:
+      config: the configuration.
+      environment: what is played.
+      network: the network; `network.apply(params, observation)` gives a distribution and values.
+      params: the initial parameters, Flax variables.
+      states: each worker's initial state.
+      worker_step: what each worker does again and again, a pure function (`a3c_jax.worker`).
+      optimizer: an optax transformation; it makes no difference whether it moves the tree or a flat vector.
+    """
+
+    config: A3CConfig
+    environment: environments.Environment
+    network: nn.Module
+    params: Any
+    states: list[WorkerState]
+    worker_step: WorkerStep
+    optimizer: optax.GradientTransformation
+
+
+def make_agent(
+    config: A3CConfig,
+    *,
+    environment: environments.Environment | None = None,
+    network: nn.Module | None = None,
+) -> Agent:
+    """Builds what a configuration describes.
+
+    Args:
+      config: the configuration.
+      environment: what to play instead of the environment that it names.
+      network: what to train instead of the network that it describes.
+
+    Raises:
+      ValueError: where the environment is unknown or not supported.
+    """
+    environment = environment or environments.make(config.environment)
+    network = network or ActorCritic(
+        num_actions=environment.num_actions,
+        hidden_sizes=config.hidden_sizes,
+        activation=config.activation,
+        shared_torso=config.shared_torso,
+        observation_ndim=len(environment.observation_shape),
+    )
+    network_key, workers_key, _ = _keys(config.seed)
+
+    @jax.jit
+    def start(worker: Any) -> WorkerState:
+        key = jax.random.fold_in(workers_key, worker)
+        return rollout.start(environment, key, config.envs_per_worker)
+
+    states = [start(worker) for worker in range(config.num_workers)]
+    return Agent(
+        config=config,
+        environment=environment,
+        network=network,
+        params=jax.jit(network.init)(network_key, states[0].observation),
+        states=states,
+        worker_step=make_worker_step(
+            environment,
+            network,
+            t_max=config.t_max,
+            discount=config.discount,
+            critic_cost=config.critic_cost,
+            entropy_cost=config.entropy_cost,
+            terminal_reward=config.terminal_reward,
+        ),
+        optimizer=make_optimizer(
+            config.optimizer,
+            learning_rate=config.learning_rate,
+            anneal_over=config.max_updates if config.learning_rate_schedule == "linear" else None,
+            max_gradient_norm=config.max_gradient_norm,
+            adam_epsilon=config.adam_epsilon,
+            momentum=config.momentum,
+            rmsprop_decay=config.rmsprop_decay,
+            rmsprop_epsilon=config.rmsprop_epsilon,
+            num_workers=config.num_workers,
+        ),
+    )
+
+
+def evaluation_key(config: A3CConfig) -> jax.Array:
+    """A key for evaluation that no worker has used."""
+    return _keys(config.seed)[2]
+
+
+def _keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys of the network, the workers and the evaluation."""
+    network, workers, evaluation = jax.random.split(jax.random.key(seed), 3)
+    return network, workers, evaluation
