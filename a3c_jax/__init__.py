@@ -20,7 +20,8 @@ above it (a test reads the imports and holds this table to it):
 | `agent`         | what a configuration describes, built                                           |
 | `evaluation`    | whole episodes by a fixed policy                                                |
 | `metrics`       | exact counters, the log of episodes, sinks                                      |
-| `training`      | `train(config)`: wires the above together                                       |
+| `checkpoints`   | one consistent cut of a whole run in one file, atomically written               |
+| `training`      | `train(config)`: wires the above together; `replay`: does a run again           |
 
 The names below are imported when first used, so that `import a3c_jax.losses` in a notebook loads JAX and
 nothing more.
@@ -30,19 +31,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from a3c_jax.checkpoints import CheckpointError, CheckpointFolder
     from a3c_jax.config import A3CConfig
     from a3c_jax.environments import make
     from a3c_jax.evaluation import evaluate, greedy_policy, random_policy, sampled_policy
     from a3c_jax.networks import ActorCritic
-    from a3c_jax.parameters import Schedule, SharedParameters, Snapshot
+    from a3c_jax.parameters import NonFiniteError, Schedule, SharedParameters, Snapshot
     from a3c_jax.threads import WorkerError
-    from a3c_jax.training import TrainingInterrupted, TrainResult, train
+    from a3c_jax.training import TrainingInterrupted, TrainResult, replay, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "A3CConfig",
     "ActorCritic",
+    "CheckpointError",
+    "CheckpointFolder",
+    "NonFiniteError",
     "Schedule",
     "SharedParameters",
     "Snapshot",
@@ -53,6 +58,7 @@ __all__ = [
     "greedy_policy",
     "make",
     "random_policy",
+    "replay",
     "sampled_policy",
     "train",
 ]
@@ -60,6 +66,9 @@ __all__ = [
 _HOME = {
     "A3CConfig": "config",
     "ActorCritic": "networks",
+    "CheckpointError": "checkpoints",
+    "CheckpointFolder": "checkpoints",
+    "NonFiniteError": "parameters",
     "Schedule": "parameters",
     "SharedParameters": "parameters",
     "Snapshot": "parameters",
@@ -70,6 +79,7 @@ _HOME = {
     "greedy_policy": "evaluation",
     "make": "environments",
     "random_policy": "evaluation",
+    "replay": "training",
     "sampled_policy": "evaluation",
     "train": "training",
 }

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 Optimizer = Literal["adam", "momentum", "shared_rmsprop", "rmsprop"]
 Schedule = Literal["constant", "linear"]
+NonFinite = Literal["stop", "skip"]
 Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
 
 
@@ -66,6 +67,9 @@ class A3CConfig:
     max_gradient_norm: float | None = 0.5
     """Gradients of a larger global norm are scaled down to it; None never scales."""
 
+    nonfinite: NonFinite = "stop"
+    """What to do when an update holds a NaN or an infinity: stop with an error, or skip it and count it. It never reaches the parameters."""
+
     hidden_sizes: tuple[int, ...] = (128,)
     """Width of each hidden layer."""
     activation: Activation = "tanh"
@@ -117,6 +121,7 @@ class A3CConfig:
 
         self._check_choice("optimizer", get_args(Optimizer))
         self._check_choice("learning_rate_schedule", get_args(Schedule))
+        self._check_choice("nonfinite", get_args(NonFinite))
         self._check_choice("activation", get_args(Activation))
         if not isinstance(self.environment, str):
             self._fail("environment", "must be a name", "use 'CartPole-v1'", TypeError)

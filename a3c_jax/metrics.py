@@ -56,10 +56,33 @@ class Counters:
         self._reported = 0
         self._columns: list[array[Any]] = [array(code) for code in "idiqd"]
 
-    def start_clock(self) -> None:
-        """Starts the clock that `seconds` counts from."""
-        self._started = time.perf_counter()
-        self._last_row = (self._started, self.environment_steps, self.updates, self._staleness)
+    def start_clock(self, seconds: float = 0.0) -> None:
+        """Sets the clock to `seconds`."""
+        self._started = time.perf_counter() - seconds
+        self._last_row = (
+            time.perf_counter(),
+            self.environment_steps,
+            self.updates,
+            self._staleness,
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Seconds on the clock."""
+        return time.perf_counter() - self._started
+
+    def restore(self, updates: int, staleness: np.ndarray, log: EpisodeLog, seconds: float) -> None:
+        """Goes on from the totals of an earlier run: its updates, their staleness, its episodes, its clock."""
+        self.updates = updates
+        self.environment_steps = updates * self._steps_per_update
+        self.episodes = self._reported = len(log.episode_return)
+        self._staleness = int(staleness.sum())
+        self._max_staleness = int(staleness.max(initial=0))
+        for column, values in zip(self._columns, log, strict=True):
+            column.extend(values.tolist())
+        self._recent.extend(log.episode_return[-(self._recent.maxlen or 0) :].tolist())
+        self._update_mean_return()
+        self.start_clock(seconds)
 
     def record(
         self,
@@ -90,6 +113,9 @@ class Counters:
             column.extend(values)
         self.episodes += count  # last: another thread may read the columns up to here
         self._recent.extend(returns.tolist())
+        self._update_mean_return()
+
+    def _update_mean_return(self) -> None:
         if len(self._recent) == self._recent.maxlen:
             self.mean_return = sum(self._recent) / len(self._recent)
 

@@ -26,11 +26,23 @@ class WorkerError(RuntimeError):
 
     Attributes:
       worker: which worker.
+      pulled_version: the version of the parameters that it had pulled; None where it had pulled none.
+      record: what its step reported, where the step itself did not fail.
+      result: what the run came to until then, where `a3c_jax.train` raises it.
     """
 
-    def __init__(self, worker: int, error: BaseException) -> None:
+    def __init__(
+        self,
+        worker: int,
+        error: BaseException,
+        pulled_version: int | None = None,
+        record: Any = None,
+    ) -> None:
         super().__init__(f"worker {worker} failed with {type(error).__name__}: {error}")
         self.worker = worker
+        self.pulled_version = pulled_version
+        self.record = record
+        self.result: Any = None
 
 
 class WorkerThreads:
@@ -86,6 +98,7 @@ class WorkerThreads:
 
         Raises:
           WorkerError: the first exception of a worker, as its cause.
+          KeyboardInterrupt: on Ctrl-C or SIGTERM, with the signal's number as its argument.
           RuntimeError: where they have run before.
         """
         if self._finished.is_set():
@@ -95,13 +108,13 @@ class WorkerThreads:
             for worker in range(len(self.states))
         ]
         started = []
-        with _noticed_interrupts() as interrupted:
+        with _noticed_signals() as noticed:
             try:
                 for thread in threads:
                     thread.start()
                     started.append(thread)
                 next_tick = time.monotonic() + interval
-                while not interrupted() and not self._finished.wait(min(interval, _POLL)):
+                while not noticed and not self._finished.wait(min(interval, _POLL)):
                     if on_tick is not None and time.monotonic() >= next_tick:
                         on_tick()
                         next_tick = time.monotonic() + interval
@@ -111,8 +124,8 @@ class WorkerThreads:
                     thread.join()
         if self._error is not None:
             raise self._error
-        if interrupted():
-            raise KeyboardInterrupt
+        if noticed:
+            raise KeyboardInterrupt(noticed[0])
 
     def stop(self) -> None:
         """Asks every thread to end after the segment it is playing. Any thread may call this."""
@@ -127,8 +140,10 @@ class WorkerThreads:
             return True
 
     def _work(self, worker: int) -> None:
+        version, record = None, None
         try:
             while not self._stop.is_set() and self._claim():
+                version, record = None, None
                 params, version = self._store.pull()
                 gradients, state, record = self._step(params, self.states[worker])
 
@@ -143,7 +158,7 @@ class WorkerThreads:
         except BaseException as error:
             with self._lock:
                 if self._error is None:
-                    self._error = WorkerError(worker, error)
+                    self._error = WorkerError(worker, error, version, record)
                     self._error.__cause__ = error
             self._stop.set()
             self._finished.set()
@@ -155,28 +170,29 @@ class WorkerThreads:
 
 
 @contextlib.contextmanager
-def _noticed_interrupts() -> Iterator[Callable[[], bool]]:
-    """Notes the first Ctrl-C instead of raising it wherever the main thread happens to be.
+def _noticed_signals() -> Iterator[list[int]]:
+    """Notes the first Ctrl-C or SIGTERM in the list instead of raising it wherever the main thread happens to be.
 
     Python drops a KeyboardInterrupt that is raised inside a destructor or a callback of the garbage
-    collector, and one that is raised inside a library may leave its locks held. A second Ctrl-C is raised
-    as usual. Outside the main thread, or where someone else handles SIGINT, nothing changes.
+    collector, and one that is raised inside a library may leave its locks held. A second signal is raised
+    at once, as a KeyboardInterrupt. Outside the main thread, or where someone else handles a signal,
+    nothing changes.
     """
     noticed: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
         if noticed:
-            signal.default_int_handler(number, frame)
+            raise KeyboardInterrupt(number)
         noticed.append(number)
 
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
-        signal.signal(signal.SIGINT, handle)
+    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
+    for number in ours:
+        signal.signal(number, handle)
     try:
-        yield lambda: bool(noticed)
+        yield noticed
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ours:
+            signal.signal(number, usual[number])

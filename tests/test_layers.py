@@ -30,7 +30,7 @@ def imports(module):
 def imports_of_the_package(module):
     """The modules of this package that it imports; "" stands for the package itself."""
     parts = (name.split(".") for name in imports(module))
-    return {next(iter(p[1:]), "") for p in parts if p[0] == "a3c_jax"}
+    return {next(iter(p[1:]), "") for p in parts if p[0] == "a3c_jax"} - {"__version__"}
 
 
 def imports_of_others(module):
