@@ -207,6 +207,23 @@ def find(path: Path) -> Checkpoint:
         raise
 
 
+def check_same_run(before: A3CConfig, now: A3CConfig) -> None:
+    """Whether a run may go on under another configuration: with other budgets, that is.
+
+    Raises:
+      ValueError: where another field differs, or the budget does and the learning rate is annealed over it.
+    """
+    may_differ = {"max_steps", "max_episodes", "solved_return"}
+    if now.learning_rate_schedule == "linear":
+        may_differ.remove("max_steps")  # the learning rate depends on it
+    for name, value in before.as_dict().items():
+        if name not in may_differ and now.as_dict()[name] != value:
+            raise ValueError(
+                f"A3CConfig.{name} must be the checkpoint's {value!r} to go on from it, got "
+                f"{now.as_dict()[name]!r}; only {', '.join(sorted(may_differ))} may change."
+            )
+
+
 class CheckpointFolder:
     """Keeps the last few checkpoints of a run, and the best.
 

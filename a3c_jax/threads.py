@@ -185,7 +185,10 @@ def _noticed_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt(number)
         noticed.append(number)
 
-    usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
     ours = []
     if threading.current_thread() is threading.main_thread():
         ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]

@@ -11,7 +11,13 @@ import numpy as np
 
 from a3c_jax import environments
 from a3c_jax.agent import evaluation_key, make_agent
-from a3c_jax.checkpoints import Checkpoint, CheckpointError, CheckpointFolder, library_versions
+from a3c_jax.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    check_same_run,
+    library_versions,
+)
 from a3c_jax.config import A3CConfig
 from a3c_jax.metrics import Counters, EpisodeLog, Sink
 from a3c_jax.parameters import (
@@ -295,7 +301,7 @@ class _Run:
         resume: Checkpoint | None,
     ) -> None:
         if resume is not None:
-            _check_same_run(resume.config, config)
+            check_same_run(resume.config, config)
         self._clock = _Clock()
         self.config = config
         self.agent = make_agent(config, environment=environment, network=network)
@@ -416,19 +422,6 @@ class _Run:
             stop_reason=self.stop_reason or "max_steps",
             wall_clock=self._clock.laps,
         )
-
-
-def _check_same_run(before: A3CConfig, now: A3CConfig) -> None:
-    """Raises unless a run may go on under another configuration: with other budgets, that is."""
-    may_differ = {"max_steps", "max_episodes", "solved_return"}
-    if now.learning_rate_schedule == "linear":
-        may_differ.remove("max_steps")  # the learning rate depends on it
-    for name, value in before.as_dict().items():
-        if name not in may_differ and now.as_dict()[name] != value:
-            raise ValueError(
-                f"A3CConfig.{name} must be the checkpoint's {value!r} to go on from it, got "
-                f"{now.as_dict()[name]!r}; only {', '.join(sorted(may_differ))} may change."
-            )
 
 
 class _Clock:

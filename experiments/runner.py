@@ -1,5 +1,6 @@
 """What all experiments share: the command line, the run folder, the evaluation, the report."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -25,6 +26,16 @@ class Options:
     """Fresh episodes for each evaluation: greedy, sampled and random."""
     progress: bool = True
     """Show a progress bar."""
+    resume: Path | None = None
+    """Go on from here: a run folder (its latest checkpoint, in the same folder) or a checkpoint file (in a new folder). The configuration is the run's; budgets can be given anew."""
+    checkpoint_seconds: float | None = 30.0
+    """Save a checkpoint when so many seconds have passed; None does not look at the time."""
+    checkpoint_updates: int | None = None
+    """Save a checkpoint when so many updates have been made; None does not count them."""
+    keep_checkpoints: int = 3
+    """How many of the latest checkpoints to keep; the one with the highest mean return is kept besides."""
+    compilation_cache: Path | None = None
+    """Folder for compiled programs, so that the next run with the same shapes starts faster. None keeps none."""
 
     def __post_init__(self) -> None:
         if self.evaluation_episodes < 1:
@@ -63,18 +74,37 @@ def main(
     Returns:
       The run folder.
     """
-    try:
-        parsed = tyro.cli(
-            Arguments, default=Arguments(config=defaults), description=description, args=arguments
-        )
-        from a3c_jax import environments  # after the command line: --help answers at once
 
-        environment = environments.make(parsed.config.environment)
-        run_dir = _make_run_dir(name, parsed.config, parsed.options.run_dir)
-    except (ValueError, TypeError, OSError) as error:
+    def parse(config: A3CConfig) -> Arguments:
+        return tyro.cli(
+            Arguments, default=Arguments(config=config), description=description, args=arguments
+        )
+
+    try:
+        parsed = parse(defaults)
+        from a3c_jax import environments  # after the command line: --help answers at once
+        from a3c_jax.checkpoints import CheckpointError, CheckpointFolder, check_same_run, find
+
+        config, options, checkpoint = parsed.config, parsed.options, None
+        if options.resume is not None:
+            checkpoint = find(options.resume)
+            config = parse(checkpoint.config).config
+            check_same_run(checkpoint.config, config)
+        environment = environments.make(config.environment)
+        if options.resume is not None and checkpoint is not None and options.resume.is_dir():
+            run_dir = _continue_in(options.resume, options.run_dir, checkpoint.environment_steps)
+        else:
+            run_dir = _make_run_dir(name, config, options.run_dir)
+        checkpoints = CheckpointFolder(
+            run_dir / "checkpoints",
+            every_seconds=options.checkpoint_seconds,
+            every_updates=options.checkpoint_updates,
+            keep=options.keep_checkpoints,
+        )
+    except (ValueError, TypeError, OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    _run(parsed.config, parsed.options, environment, run_dir, sinks, plot_options)
+    _run(config, options, environment, run_dir, checkpoints, checkpoint, sinks, plot_options)
     return run_dir
 
 
@@ -83,21 +113,49 @@ def _run(
     options: Options,
     environment: Any,
     run_dir: Path,
+    checkpoints: Any,
+    resume: Any,
     sinks: Sequence[Any],
     plot_options: dict[str, Any],
 ) -> None:
     from a3c_jax import training
     from a3c_jax.metrics import JsonLines, ProgressBar
+    from a3c_jax.threads import WorkerError
 
+    if options.compilation_cache is not None:
+        _keep_compiled_programs(options.compilation_cache)
     _write_json(run_dir / "config.json", config.as_dict())
     sinks = [*sinks, JsonLines(run_dir / "metrics.jsonl")]
     if options.progress:
         sinks.append(ProgressBar(config.max_steps, config.solved_window, desc=config.environment))
+    steps_before = 0 if resume is None else resume.environment_steps
     imported = time.perf_counter() - experiments.STARTED
     try:
-        result = training.train(config, environment=environment, sinks=sinks)
+        result = training.train(
+            config,
+            environment=environment,
+            sinks=sinks,
+            checkpoints=checkpoints,
+            resume=resume,
+        )
     except training.TrainingInterrupted as interruption:
-        result = interruption.result
+        _print_training(interruption.result, steps_before)
+        print(f"run folder: {run_dir}\ngo on with: python -m {_module()} --resume {run_dir}")
+        raise SystemExit(128 + interruption.signal) from None
+    except WorkerError as error:
+        failure = {
+            "error": str(error),
+            "worker": error.worker,
+            "pulled_version": error.pulled_version,
+            "update": error.result.version,
+        }
+        _write_json(run_dir / "failure.json", failure)
+        print(
+            f"error: {error}\nrun folder: {run_dir}, with everything up to update "
+            f"{error.result.version:,}\nlook at it with: python -m experiments.replay {run_dir}",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error
     seconds = {
         "import": imported,
         **result.wall_clock,
@@ -108,8 +166,7 @@ def _run(
     _write_params(run_dir / "best.msgpack", result.best_params)
     np.savez_compressed(run_dir / "episodes.npz", **result.episodes._asdict())
 
-    interrupted = result.stop_reason == "interrupted"
-    evaluations = {} if interrupted else _evaluate(result, options.evaluation_episodes)
+    evaluations = _evaluate(result, options.evaluation_episodes)
     last = result.episodes.episode_return[-config.solved_window :]
     staleness = result.schedule.staleness
     summary = {
@@ -118,6 +175,7 @@ def _run(
         "overshoot": result.overshoot,
         "episodes": len(result.episodes.episode_return),
         "updates": result.version,
+        "skipped_updates": result.skipped,
         "last_mean_return": float(last.mean()) if last.size else None,
         "best_mean_return": result.best_mean_return,
         "mean_staleness": float(staleness.mean()) if staleness.size else None,
@@ -126,7 +184,8 @@ def _run(
         "evaluation": evaluations,
     }
     _write_json(run_dir / "summary.json", summary)
-    _print(summary, config)
+    _print_training(result, steps_before)
+    _print_evaluation(seconds, evaluations)
 
     from experiments.plotting import learning_curve
 
@@ -140,8 +199,6 @@ def _run(
         **({"solved": config.solved_return} | plot_options),
     )
     print(f"run folder: {run_dir}")
-    if interrupted:
-        raise SystemExit(130)
 
 
 def _evaluate(result: Any, num_episodes: int) -> dict[str, dict[str, float]]:
@@ -183,6 +240,39 @@ def _make_run_dir(name: str, config: A3CConfig, wanted: Path | None) -> Path:
     raise FileExistsError(f"run_dir {run_dir} and all its like exist; give --run-dir.")
 
 
+def _continue_in(run_dir: Path, wanted: Path | None, environment_steps: int) -> Path:
+    """The run folder to go on in, its rows cut back to where the checkpoint stands."""
+    if wanted not in (None, run_dir):
+        raise ValueError(
+            f"run_dir must not be given with a run folder to resume, got {wanted}; resume from a "
+            "checkpoint file to go on in a new folder."
+        )
+    rows = run_dir / "metrics.jsonl"
+    if rows.exists():
+        kept = []
+        for line in rows.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a process that was killed
+                if json.loads(line)["environment_steps"] <= environment_steps:
+                    kept.append(line + "\n")
+        rows.write_text("".join(kept), encoding="utf-8")
+    (run_dir / "failure.json").unlink(missing_ok=True)
+    return run_dir
+
+
+def _keep_compiled_programs(folder: Path) -> None:
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _module() -> str:
+    """The module that the user runs, as `python -m` takes it."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec is not None else "experiments.cartpole"
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -193,21 +283,26 @@ def _write_params(path: Path, params: Any) -> None:
     path.write_bytes(serialization.to_bytes(params))
 
 
-def _print(summary: dict[str, Any], config: A3CConfig) -> None:
-    seconds = summary["seconds"]
-    rate = summary["environment_steps"] / max(seconds["train"], 1e-9)
-    mean = summary["last_mean_return"]
+def _print_training(result: Any, steps_before: int) -> None:
+    config = result.config
+    rate = (result.environment_steps - steps_before) / max(result.wall_clock["train"], 1e-9)
+    returns = result.episodes.episode_return
+    last = returns[-config.solved_window :]
+    skipped = f", of which {result.skipped:,} were skipped" if result.skipped else ""
     print(
-        f"\n{config.environment}, seed {config.seed}: stopped by {summary['stop_reason']} after "
-        f"{summary['environment_steps']:,} steps, {summary['episodes']:,} episodes, "
-        f"{summary['updates']:,} updates\n"
+        f"\n{config.environment}, seed {config.seed}: stopped by {result.stop_reason} after "
+        f"{result.environment_steps:,} steps, {len(returns):,} episodes, {result.version:,} updates{skipped}\n"
         f"  mean return of the last {config.solved_window} episodes: "
-        f"{'-' if mean is None else f'{mean:.1f}'}"
-        f", {rate:,.0f} steps/s, overshoot {summary['overshoot']:,} steps\n"
+        f"{f'{last.mean():.1f}' if last.size else '-'}, "
+        f"{rate:,.0f} steps/s, overshoot {result.overshoot:,} steps"
+    )
+
+
+def _print_evaluation(seconds: dict[str, float], evaluations: dict[str, dict[str, float]]) -> None:
+    print(
         f"  seconds: import {seconds['import']:.1f} + setup {seconds['setup']:.1f} + compile "
         f"{seconds['compile']:.1f} + train {seconds['train']:.1f} = {seconds['until_trained']:.1f}"
     )
-    if summary["evaluation"]:
-        print("  evaluation       mean     std     min     max")
-    for label, e in summary["evaluation"].items():
+    print("  evaluation       mean     std     min     max")
+    for label, e in evaluations.items():
         print(f"  {label:<12} {e['mean']:>8.1f}{e['std']:>8.1f}{e['min']:>8.1f}{e['max']:>8.1f}")
