@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 
-from a3c_jax import environments, rollout
+from a3c_jax import environments, kernels, rollout
 from a3c_jax.config import A3CConfig
 from a3c_jax.networks import ActorCritic
 from a3c_jax.parameters import make_optimizer
@@ -59,19 +60,25 @@ def make_agent(
         shared_torso=config.shared_torso,
         observation_ndim=len(environment.observation_shape),
     )
-    network_key, workers_key, _ = _keys(config.seed)
 
-    @jax.jit
-    def start(worker: Any) -> WorkerState:
+    @kernels.jit_for_one_call
+    def start(seed: Any, worker: Any) -> WorkerState:
+        _, workers_key, _ = _keys(seed)
         key = jax.random.fold_in(workers_key, worker)
         return rollout.start(environment, key, config.envs_per_worker)
 
-    states = [start(worker) for worker in range(config.num_workers)]
+    @kernels.jit_for_one_call
+    def init(seed: Any, observation: Any) -> Any:
+        network_key, _, _ = _keys(seed)
+        return network.init(network_key, observation)
+
+    seed = np.uint32(config.seed)
+    states = [start(seed, np.int32(worker)) for worker in range(config.num_workers)]
     return Agent(
         config=config,
         environment=environment,
         network=network,
-        params=jax.jit(network.init)(network_key, states[0].observation),
+        params=init(seed, states[0].observation),
         states=states,
         worker_step=make_worker_step(
             environment,
@@ -101,7 +108,7 @@ def evaluation_key(config: A3CConfig) -> jax.Array:
     return _keys(config.seed)[2]
 
 
-def _keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _keys(seed: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The keys of the network, the workers and the evaluation."""
     network, workers, evaluation = jax.random.split(jax.random.key(seed), 3)
     return network, workers, evaluation

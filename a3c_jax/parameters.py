@@ -94,10 +94,13 @@ class SharedParameters:
         self._optimizer = optax.with_extra_args_support(optimizer)
         self._update = jax.jit(self._apply_gradients)
         self._lock = lock or threading.Lock()
-        opt_state = (self._optimizer.init(params), jnp.bool_(True))
-        self._packing = Packing(opt_state)
+
+        def init(params: Any) -> tuple[Any, jax.Array]:
+            return self._optimizer.init(params), jnp.bool_(True)
+
+        self._packing = Packing(jax.eval_shape(init, params))
         """Of the optimizer's state and whether the last update was finite."""
-        self._opt_state = self._packing.pack(opt_state)
+        self._opt_state = jax.jit(lambda params: self._packing.pack(init(params)))(params)
         self._skip_nonfinite = skip_nonfinite
         self._skipped = 0
         self._snapshot = Snapshot(params, 0)
@@ -170,7 +173,7 @@ class SharedParameters:
     @property
     def opt_state(self) -> Any:
         """The optimizer's state."""
-        return self._packing.unpack(self._opt_state)[0]
+        return jax.jit(self._packing.unpack)(self._opt_state)[0]
 
     @property
     def schedule(self) -> Schedule:

@@ -87,6 +87,18 @@ def make_worker_step(
     return worker_step
 
 
+@jax.jit
+def _ravel(tree: Any) -> Array:
+    return ravel_pytree(tree)[0]
+
+
+def _unraveller(tree: Any) -> Callable[[Array], Any]:
+    """The inverse of `_ravel`. The tree is only traced: eagerly, each of its leaves would compile a program."""
+    found: list[Callable[[Array], Any]] = []
+    jax.eval_shape(lambda tree: found.append(ravel_pytree(tree)[1]), tree)
+    return found[0]
+
+
 class _Report(NamedTuple):
     """What a packed step reports: the statistics, with the number of episodes that ended as the first word."""
 
@@ -108,7 +120,8 @@ class PackedWorkerStep:
     """
 
     def __init__(self, worker_step: WorkerStep, params: Any, state: WorkerState) -> None:
-        self.unflatten: Callable[[Array], Any] = ravel_pytree(params)[1]
+        unravel = _unraveller(params)
+        self.unflatten: Callable[[Array], Any] = kernels.jit_for_one_call(unravel)
         """The parameter tree from its vector."""
         packing = Packing(state)
         self.pack_state: Callable[[WorkerState], Array] = jax.jit(packing.pack)
@@ -125,26 +138,27 @@ class PackedWorkerStep:
 
         def step(flat_params: Array, packed_state: Array) -> tuple[Array, Array, Array]:
             gradients, state, (metrics, episodes) = worker_step(
-                self.unflatten(flat_params), packing.unpack(packed_state)
+                unravel(flat_params), packing.unpack(packed_state)
             )
             num_ended = jnp.sum(episodes.ended, dtype=jnp.int32)
             values = jnp.stack([metrics[name] for name in self._metric_names])
             return (
-                self.flatten(gradients),
+                _ravel(gradients),
                 packing.pack(state),
                 self._report.pack(_Report(num_ended, values, episodes)),
             )
 
         # The multiplications of one forward pass, but for the weights that are shared.
-        work = statistics.episodes.ended.size * self.flatten(params).size
+        flat_params = self.flatten(params)
+        work = statistics.episodes.ended.size * flat_params.size
         self._step: Callable[[Array, Array], tuple[Array, Array, Array]] = jax.jit(step)
         if work <= kernels.MAX_WORK:
-            self._step = kernels.compile_fused(step, self.flatten(params), self.pack_state(state))
+            self._step = kernels.compile_fused(step, flat_params, self.pack_state(state))
 
     @staticmethod
     def flatten(params: Any) -> Array:
         """The parameters, or their gradients, as one vector."""
-        return ravel_pytree(params)[0]
+        return _ravel(params)
 
     def __call__(self, flat_params: Array, packed_state: Array) -> tuple[Array, Array, np.ndarray]:
         """Plays a segment and waits for it.
