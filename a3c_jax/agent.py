@@ -9,7 +9,7 @@ import optax
 
 from a3c_jax import environments, kernels, rollout
 from a3c_jax.config import A3CConfig
-from a3c_jax.networks import ActorCritic
+from a3c_jax.networks import ActorCritic, model
 from a3c_jax.parameters import make_optimizer
 from a3c_jax.worker import WorkerState, WorkerStep, make_worker_step
 
@@ -52,20 +52,33 @@ def make_agent(
     Raises:
       ValueError: where the environment is unknown or not supported.
     """
-    environment = environment or environments.make(config.environment)
+    if environment is None:
+        environment = environments.make(config.environment, action_bounds=config.action_bounds)
+    environment = environments.adapt(environment, config.action_bounds)
+    is_image = len(environment.observation_shape) == 3 and environment.observation_shape[:2] == (
+        10,
+        10,
+    )
     network = network or ActorCritic(
         num_actions=environment.num_actions,
+        continuous=getattr(environment, "continuous", False),
         hidden_sizes=config.hidden_sizes,
         activation=config.activation,
         shared_torso=config.shared_torso,
         observation_ndim=len(environment.observation_shape),
+        torso={"auto": "conv" if is_image else "mlp"}.get(config.torso, config.torso),
+        core=config.core,
+        core_size=config.core_size,
+        state_dependent_scale=config.state_dependent_scale,
     )
+    functions = model(network)
 
     @kernels.jit_for_one_call
     def start(seed: Any, worker: Any) -> WorkerState:
         _, workers_key, _ = _keys(seed)
         key = jax.random.fold_in(workers_key, worker)
-        return rollout.start(environment, key, config.envs_per_worker)
+        carry = functions.initialize_carry(config.envs_per_worker)
+        return rollout.start(environment, key, config.envs_per_worker, carry)
 
     @kernels.jit_for_one_call
     def init(seed: Any, observation: Any) -> Any:
@@ -87,6 +100,8 @@ def make_agent(
             discount=config.discount,
             critic_cost=config.critic_cost,
             entropy_cost=config.entropy_cost,
+            lambda_=config.gae_lambda,
+            reward_clip=config.reward_clip,
             terminal_reward=config.terminal_reward,
         ),
         optimizer=make_optimizer(

@@ -11,6 +11,9 @@ from typing import Any, Literal, get_args
 Optimizer = Literal["adam", "momentum", "shared_rmsprop", "rmsprop"]
 Schedule = Literal["constant", "linear"]
 NonFinite = Literal["stop", "skip"]
+Torso = Literal["auto", "mlp", "conv"]
+Core = Literal["lstm", "gru"]
+ActionBounds = Literal["clip", "tanh"]
 Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
 
 
@@ -43,10 +46,14 @@ class A3CConfig:
 
     discount: float = 0.99
     """The discount factor gamma, per step."""
+    gae_lambda: float = 1.0
+    """Lambda of generalised advantage estimation, in [0, 1]; 1 is A3C's n-step return."""
     critic_cost: float = 0.5
     """Weight of the critic's loss, which is half the mean squared error."""
     entropy_cost: float = 0.01
     """Weight of the entropy bonus, the paper's beta."""
+    reward_clip: float | None = None
+    """If given, rewards are clipped to [-reward_clip, reward_clip] for learning; 1 in the paper. Reported returns are the environment's own."""
     terminal_reward: float | None = None
     """If given, replaces the reward of a step that terminates an episode (-1 in the article), for learning only: reported returns never contain it, and a time limit is no termination."""
 
@@ -70,12 +77,23 @@ class A3CConfig:
     nonfinite: NonFinite = "stop"
     """What to do when an update holds a NaN or an infinity: stop with an error, or skip it and count it. It never reaches the parameters."""
 
+    torso: Torso = "auto"
+    """What comes first in the network: an mlp over the flattened observation, or one 3x3 convolution and then dense layers (MinAtar's network); auto takes conv for images of 10x10 and mlp otherwise."""
     hidden_sizes: tuple[int, ...] = (128,)
-    """Width of each hidden layer."""
+    """Width of each dense hidden layer."""
     activation: Activation = "tanh"
     """The hidden layers' non-linearity; the article's and the paper's is relu."""
     shared_torso: bool = False
     """Actor and critic share the hidden layers (the paper) instead of each having their own (the article)."""
+
+    core: Core | None = None
+    """A recurrent core between torso and heads, for tasks that need memory: lstm (the paper's) or gru; None is feed-forward."""
+    core_size: int = 256
+    """Width of the recurrent core; 256 in the paper."""
+    action_bounds: ActionBounds = "clip"
+    """How a continuous action fits the environment's bounds: clipped, or squashed by tanh. Its log-probability is that of the number before."""
+    state_dependent_scale: bool = True
+    """A continuous policy's standard deviation is the softplus of a layer (the paper) instead of one free parameter for each dimension."""
 
     max_steps: int | None = 2_000_000
     """Budget in environment steps, all workers together; None sets no limit."""
@@ -92,6 +110,7 @@ class A3CConfig:
             ("num_workers", 1),
             ("envs_per_worker", 1),
             ("t_max", 1),
+            ("core_size", 1),
             ("solved_window", 1),
         ):
             self._check_int(name, minimum)
@@ -101,7 +120,8 @@ class A3CConfig:
         if self.seed >= 2**32:
             self._fail("seed", "must be < 2**32", "use a smaller seed")
 
-        self._check_float("discount", lambda x: 0 <= x <= 1, "must lie in [0, 1]", "use 0.99")
+        for name, default in (("discount", 0.99), ("gae_lambda", 1.0)):
+            self._check_float(name, lambda x: 0 <= x <= 1, "must lie in [0, 1]", f"use {default}")
         for name, default in (("critic_cost", 0.5), ("entropy_cost", 0.01)):
             self._check_float(
                 name, lambda x: x >= 0, "must be >= 0", f"use {default}, or 0 for none"
@@ -111,10 +131,9 @@ class A3CConfig:
             self._check_float(name, lambda x: 0 <= x < 1, "must lie in [0, 1)", f"use {default}")
         for name in ("adam_epsilon", "rmsprop_epsilon"):
             self._check_float(name, lambda x: x > 0, "must be > 0", "use 1e-5")
-        if self.max_gradient_norm is not None:
-            self._check_float(
-                "max_gradient_norm", lambda x: x > 0, "must be > 0", "use None for no limit"
-            )
+        for name in ("max_gradient_norm", "reward_clip"):
+            if getattr(self, name) is not None:
+                self._check_float(name, lambda x: x > 0, "must be > 0", "use None for no limit")
         for name in ("terminal_reward", "solved_return"):
             if getattr(self, name) is not None:
                 self._check_float(name, lambda _: True, "must be a number", "use None for none")
@@ -123,12 +142,16 @@ class A3CConfig:
         self._check_choice("learning_rate_schedule", get_args(Schedule))
         self._check_choice("nonfinite", get_args(NonFinite))
         self._check_choice("activation", get_args(Activation))
+        self._check_choice("torso", get_args(Torso))
+        self._check_choice("core", (None, *get_args(Core)))
+        self._check_choice("action_bounds", get_args(ActionBounds))
         if not isinstance(self.environment, str):
             self._fail("environment", "must be a name", "use 'CartPole-v1'", TypeError)
         if not self.environment:
             self._fail("environment", "must not be empty", "use 'CartPole-v1'")
-        if not isinstance(self.shared_torso, bool):
-            self._fail("shared_torso", "must be True or False", "use False", TypeError)
+        for name, default in (("shared_torso", False), ("state_dependent_scale", True)):
+            if not isinstance(getattr(self, name), bool):
+                self._fail(name, "must be True or False", f"use {default}", TypeError)
         sizes = self.hidden_sizes
         if not isinstance(sizes, tuple | list) or not all(type(n) is int for n in sizes):
             self._fail("hidden_sizes", "must be a tuple of integers", "use (128,)", TypeError)
@@ -180,6 +203,8 @@ class A3CConfig:
         if not math.isfinite(value) or not holds(value):
             self._fail(name, rule if math.isfinite(value) else "must be finite", remedy)
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+    def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in choices:
-            self._fail(name, f"must be one of {', '.join(choices)}", f"use '{choices[0]}'")
+            self._fail(
+                name, f"must be one of {', '.join(map(str, choices))}", f"use {choices[0]!r}"
+            )

@@ -5,6 +5,8 @@ batched: every array has a leading dimension N, the number of environments.
 """
 
 import difflib
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,11 +19,11 @@ runtime.defer_import("matplotlib.pyplot")  # gymnax needs them to render, and on
 runtime.defer_import("seaborn")
 
 import gymnax  # noqa: E402
-from gymnax.environments import spaces  # noqa: E402
 
 Array = jax.Array
 
 _VARIANTS = {"CartPole-v0": ("CartPole-v1", {"max_steps_in_episode": 200})}
+_REGISTERED: dict[str, Callable[..., tuple[Any, Any]]] = {}
 
 
 class Transition(NamedTuple):
@@ -45,10 +47,18 @@ class Transition(NamedTuple):
 
 
 class Environment(Protocol):
-    """What the rest of the package asks of an environment. Both methods are pure and may be traced."""
+    """What the rest of the package asks of an environment. The methods are pure and may be traced.
+
+    Attributes:
+      name: for people.
+      num_actions: number of discrete actions, or of a continuous action's dimensions.
+      continuous: whether actions are continuous.
+      observation_shape: of one observation.
+    """
 
     name: str
     num_actions: int
+    continuous: bool
     observation_shape: tuple[int, ...]
 
     def reset(self, key: Array, num_envs: int) -> tuple[Array, Any]:
@@ -56,50 +66,75 @@ class Environment(Protocol):
         ...
 
     def step(self, key: Array, state: Any, action: Array) -> Transition:
-        """Applies one action `[N]` int32 to each environment."""
+        """Applies one action to each environment: `[N]` int32, or `[N, D]` float32, any real numbers."""
+        ...
+
+    def random_action(self, key: Array, num_envs: int) -> Array:
+        """Actions drawn uniformly."""
         ...
 
 
 class GymnaxEnvironment:
-    """N copies of a gymnax environment.
+    """N copies of a gymnax environment, or of one that has gymnax's interface.
 
     A step does what gymnax's own `step` does, operation for operation (a test compares them), but draws
-    the states to reset to only when at least one of the N episodes ended.
+    the states to reset to only when at least one of the N episodes ended. An environment that has only
+    `reset` and the six-value `step`, and not the parts that gymnax makes them of, is used by those.
+
+    A continuous action is any real number to the policy, whose log-probability is that of the number it
+    drew. The environment gets it fitted into its bounds: -1 and 1 become the lower and the upper bound,
+    and what lies beyond is clipped, or everything is squashed by tanh. Where there are no bounds it is passed on.
     """
 
-    def __init__(self, name: str, environment: Any, params: Any) -> None:
+    def __init__(
+        self, name: str, environment: Any, params: Any, action_bounds: str = "clip"
+    ) -> None:
         self.name = name
         self._environment = environment
         self._params = params
+        self._squash = {"clip": lambda x: jnp.clip(x, -1.0, 1.0), "tanh": jnp.tanh}[action_bounds]
         observation_space = environment.observation_space(params)
-        action_space = environment.action_space(params)
-        if not isinstance(action_space, spaces.Discrete):
+        self._actions = environment.action_space(params)
+        if hasattr(self._actions, "n"):
+            self.continuous = False
+            self.num_actions = int(self._actions.n)
+        elif hasattr(self._actions, "low"):
+            self.continuous = True
+            self.num_actions = math.prod(self._actions.shape)
+        else:
             raise ValueError(
-                f"environment {name!r} has the action space {action_space}, but only discrete actions "
-                "are supported; use a discrete environment, for instance 'CartPole-v1'."
+                f"environment {name!r} has the action space {self._actions}, but only Discrete and Box "
+                "actions are supported; flatten them into one of those first."
             )
-        self.num_actions = int(action_space.n)
         self._categories: int | None = None
-        if isinstance(observation_space, spaces.Discrete):
+        if hasattr(observation_space, "n"):
             self._categories = int(observation_space.n)
             self.observation_shape: tuple[int, ...] = (self._categories,)
-        elif isinstance(observation_space, spaces.Box):
+        elif hasattr(observation_space, "low"):
             self.observation_shape = tuple(observation_space.shape)
         else:
             raise ValueError(
                 f"environment {name!r} has the observation space {observation_space}, but only Box and "
                 "Discrete observations are supported; flatten them into one array first."
             )
+        self._in_parts = all(
+            hasattr(environment, part) for part in ("reset_env", "step_env", "is_truncated")
+        )
 
     def __repr__(self) -> str:
         return f"GymnaxEnvironment({self.name!r})"
 
     def reset(self, key: Array, num_envs: int) -> tuple[Array, Any]:
         keys = jax.random.split(key, num_envs)
-        observation, state = jax.vmap(self._environment.reset_env, (0, None))(keys, self._params)
+        reset = self._environment.reset_env if self._in_parts else self._environment.reset
+        observation, state = jax.vmap(reset, (0, None))(keys, self._params)
         return self._encode(observation), state
 
     def step(self, key: Array, state: Any, action: Array) -> Transition:
+        if self.continuous:
+            action = self._fit(action)
+        if not self._in_parts:
+            return self._step_whole(key, state, action)
         keys = jax.vmap(jax.random.split)(jax.random.split(key, action.shape[0]))
         final_observation, next_state, reward, terminated, _ = jax.vmap(
             self._environment.step_env, (0, 0, 0, None)
@@ -127,6 +162,45 @@ class GymnaxEnvironment:
             self._encode(final_observation),
         )
 
+    def random_action(self, key: Array, num_envs: int) -> Array:
+        if not self.continuous:
+            return jax.random.randint(key, (num_envs,), 0, self.num_actions)
+        uniform = jax.random.uniform(key, (num_envs, self.num_actions), minval=-1.0, maxval=1.0)
+        return jnp.arctanh(0.999999 * uniform) if self._squash is jnp.tanh else uniform
+
+    def _step_whole(self, key: Array, state: Any, action: Array) -> Transition:
+        keys = jax.random.split(key, action.shape[0])
+        observation, state, reward, terminated, truncated, info = jax.vmap(
+            self._environment.step, (0, 0, 0, None)
+        )(keys, state, action, self._params)
+        if "final_observation" not in info:
+            raise ValueError(
+                f"environment {self.name!r} must return the observation before the reset as "
+                f"info['final_observation'], got only {sorted(info)}; add it, as gymnax 1.0 does."
+            )
+        return Transition(
+            self._encode(observation),
+            state,
+            jnp.asarray(reward, jnp.float32),
+            jnp.asarray(terminated, bool),
+            jnp.asarray(truncated, bool),
+            self._encode(info["final_observation"]),
+        )
+
+    def _fit(self, action: Array) -> Array:
+        """Real numbers `[N, D]` as the environment's own actions `[N, *shape]`."""
+        shape = self._actions.shape
+        low, high = (
+            jnp.broadcast_to(bound, shape) for bound in (self._actions.low, self._actions.high)
+        )
+        action = action.reshape(action.shape[0], *shape)
+        bounded = jnp.isfinite(low) & jnp.isfinite(high)
+        middle, half = (
+            jnp.where(bounded, (high + low) / 2, 0),
+            jnp.where(bounded, (high - low) / 2, 1),
+        )
+        return jnp.where(bounded, middle + half * self._squash(action), action)
+
     def _encode(self, observation: Array) -> Array:
         """One-hot where the observation is a category; unchanged otherwise."""
         if self._categories is None:
@@ -134,11 +208,51 @@ class GymnaxEnvironment:
         return jax.nn.one_hot(observation, self._categories)
 
 
-def make(name: str, **params: Any) -> GymnaxEnvironment:
+def register(name: str, factory: Callable[..., tuple[Any, Any]]) -> None:
+    """Gives an environment of one's own a name that `make`, and so every configuration, knows.
+
+    Args:
+      name: must not be taken.
+      factory: `factory(**params) -> (environment, params)`: an object with gymnax's interface (`reset`, the
+        six-value `step`, `observation_space`, `action_space`), and what to pass to its methods last.
+
+    Raises:
+      ValueError: where the name is taken.
+    """
+    if name in _known():
+        raise ValueError(f"the name {name!r} is taken; choose another.")
+    _REGISTERED[name] = factory
+
+
+def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
+    """An object with gymnax's interface as this package's `Environment`; one that is already is returned as it is.
+
+    Raises:
+      TypeError: where it is neither.
+    """
+    if hasattr(environment, "observation_shape"):
+        return environment
+    missing = [
+        name
+        for name in ("reset", "step", "observation_space", "action_space")
+        if not hasattr(environment, name)
+    ]
+    if missing:
+        raise TypeError(
+            f"environment must have gymnax's interface, got {type(environment).__name__} without "
+            f"{', '.join(missing)}; see a3c_jax.environments.register."
+        )
+    params = getattr(environment, "default_params", None)
+    name = getattr(environment, "name", type(environment).__name__)
+    return GymnaxEnvironment(name, environment, params, action_bounds)
+
+
+def make(name: str, *, action_bounds: str = "clip", **params: Any) -> GymnaxEnvironment:
     """Makes an environment from its name.
 
     Args:
-      name: the id of a registered gymnax environment, or `CartPole-v0`.
+      name: the id of a registered gymnax environment, `CartPole-v0`, or a name given to `register`.
+      action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
       **params: fields of the environment's gymnax `EnvParams` to change, `max_steps_in_episode` for
         instance.
 
@@ -149,8 +263,10 @@ def make(name: str, **params: Any) -> GymnaxEnvironment:
       ValueError: where no such environment is registered (with the nearest names), where it has no such
         parameter, or where its spaces are not supported.
     """
+    if name in _REGISTERED:
+        return GymnaxEnvironment(name, *_REGISTERED[name](**params), action_bounds)
     base, variant = _VARIANTS.get(name, (name, {}))
-    known = [*gymnax.registered_envs, *_VARIANTS]
+    known = _known()
     if base not in known:
         lowered = {k.lower(): k for k in known}
         near = [
@@ -168,7 +284,11 @@ def make(name: str, **params: Any) -> GymnaxEnvironment:
         raise ValueError(
             f"environment {name!r} has the parameters {fields}, got {', '.join(params)}; use one of those."
         ) from error
-    return GymnaxEnvironment(name, environment, env_params)
+    return GymnaxEnvironment(name, environment, env_params, action_bounds)
+
+
+def _known() -> list[str]:
+    return [*gymnax.registered_envs, *_VARIANTS, *_REGISTERED]
 
 
 def _expand(flags: Array, ndim: int) -> Array:

@@ -10,10 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3c_jax.environments import Environment
+from a3c_jax.networks import model
 
 Array = jax.Array
-Policy = Callable[[Any, Array, Array], Array]
-"""`policy(params, key, observation) -> action`, from `[N, ...]` to `[N]`."""
+
+
+class Policy(NamedTuple):
+    """How to act.
+
+    Attributes:
+      act: `act(params, key, observation, carry) -> (action, carry)`, on `[N, ...]`.
+      initialize_carry: `(num_envs) -> carry` at an episode's start.
+    """
+
+    act: Callable[[Any, Array, Array, Any], tuple[Array, Any]]
+    initialize_carry: Callable[[int], Any]
 
 
 class Evaluation(NamedTuple):
@@ -31,22 +42,24 @@ class Evaluation(NamedTuple):
 @functools.cache
 def greedy_policy(network: nn.Module) -> Policy:
     """The policy that takes the most probable action."""
-    actor = _actor(network)
-    return lambda params, key, observation: actor(params, observation).mode()
+    return _policy(network, lambda distribution, key: distribution.mode())
 
 
 @functools.cache
 def sampled_policy(network: nn.Module) -> Policy:
     """The policy that samples its actions, as in training."""
-    actor = _actor(network)
-    return lambda params, key, observation: actor(params, observation).sample(key)
+    return _policy(network, lambda distribution, key: distribution.sample(key))
 
 
 @functools.cache
-def random_policy(num_actions: int) -> Policy:
-    """The policy that takes every action with equal probability: the baseline to beat."""
-    return lambda params, key, observation: jax.random.randint(
-        key, observation.shape[:1], 0, num_actions
+def random_policy(environment: Environment) -> Policy:
+    """The policy that draws every action uniformly: the baseline to beat."""
+    return Policy(
+        lambda params, key, observation, carry: (
+            environment.random_action(key, observation.shape[0]),
+            carry,
+        ),
+        lambda num_envs: (),
     )
 
 
@@ -59,7 +72,7 @@ def evaluate(
     favour short ones.
 
     Args:
-      policy: `greedy_policy(network)`, `sampled_policy(network)`, `random_policy(num_actions)`, or your own.
+      policy: `greedy_policy(network)`, `sampled_policy(network)`, `random_policy(environment)`, or your own.
       params: what the policy takes as its first argument.
       environment: what to play. Its episodes must end, by a time limit at the latest.
       key: a PRNG key; equal keys give equal episodes.
@@ -74,8 +87,14 @@ def evaluate(
     return Evaluation(np.asarray(returns), np.asarray(lengths))
 
 
-def _actor(network: nn.Module) -> Callable[..., Any]:
-    return functools.partial(network.apply, method="actor")
+def _policy(network: nn.Module, choose: Callable[[Any, Array], Array]) -> Policy:
+    functions = model(network)
+
+    def act(params: Any, key: Array, observation: Array, carry: Any) -> tuple[Array, Any]:
+        distribution, carry = functions.act(params, observation, carry)
+        return choose(distribution, key), carry
+
+    return Policy(act, functions.initialize_carry)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -89,15 +108,16 @@ def _play(
         return jnp.any(carry[3])
 
     def step(carry: Any) -> Any:
-        key, observation, state, running, returns, lengths = carry
+        key, observation, state, running, returns, lengths, memory = carry
         key, action_key, environment_key = jax.random.split(key, 3)
-        action = policy(params, action_key, observation)
+        action, memory = policy.act(params, action_key, observation, memory)
         transition = environment.step(environment_key, state, action)
         returns += jnp.where(running, transition.reward, 0.0)
         lengths += running
         running &= ~(transition.terminated | transition.truncated)
-        return key, transition.observation, transition.state, running, returns, lengths
+        return key, transition.observation, transition.state, running, returns, lengths, memory
 
     none = jnp.zeros(num_episodes, jnp.int32)
-    carry = (key, observation, state, none == 0, none.astype(jnp.float32), none)
-    return jax.lax.while_loop(any_running, step, carry)[4:]
+    memory = policy.initialize_carry(num_episodes)  # never reset: the first episode alone counts
+    carry = (key, observation, state, none == 0, none.astype(jnp.float32), none, memory)
+    return jax.lax.while_loop(any_running, step, carry)[4:6]

@@ -248,6 +248,7 @@ def a3c_loss(
     discount: float = 0.99,
     critic_cost: float = 0.5,
     entropy_cost: float = 0.01,
+    lambda_: float = 1.0,
 ) -> tuple[Array, Metrics]:
     r"""The loss whose gradient an A3C worker sends to the shared parameters.
 
@@ -266,6 +267,7 @@ def a3c_loss(
       critic_cost: the weight of `critic_loss`. With the half inside that loss, 0.5 gives the
         `0.25 (R - V)^2` that the common implementations share; the paper names no value.
       entropy_cost: the weight of `entropy_loss`, the paper's beta.
+      lambda_: 1 for A3C's n-step returns; less for generalised advantage estimation, in [0, 1].
 
     Returns:
       The scalar loss and its parts: `loss`, `actor_loss`, `critic_loss`, `entropy_loss`, `entropy`
@@ -274,12 +276,13 @@ def a3c_loss(
     Raises:
       AssertionError: where shapes differ or an array is not of floats.
 
-    Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3.
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3; generalised advantage
+    estimation is that of Schulman et al. 2016, arXiv:1506.02438.
     """
     distribution_tm1, v_tm1, v_t = apply_fn(params, trajectory)
     r_t = trajectory.reward_t
     discount_t = discount * (1.0 - trajectory.terminated_t.astype(r_t.dtype))
-    lambda_t = 1.0 - trajectory.truncated_t.astype(r_t.dtype)
+    lambda_t = lambda_ * (1.0 - trajectory.truncated_t.astype(r_t.dtype))
     _assert_same_floats(r_t=r_t, v_tm1=v_tm1)
     return_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
     advantage_tm1 = return_tm1 - v_tm1

@@ -1,15 +1,21 @@
-"""Actor-critic networks in Flax linen."""
+"""Actor-critic networks in Flax linen: a torso, an optional recurrent core, a policy head and a value head.
+
+A recurrent network has a carry: what it remembers of the episode so far. A feed-forward one has none, the
+empty tuple, so that the same code drives both.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from a3c_jax.distributions import Categorical
+from a3c_jax.distributions import Categorical, DiagonalGaussian
 
 Array = jax.Array
+Carry = Any
+Distribution = Categorical | DiagonalGaussian
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -24,6 +30,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 _POLICY_INIT = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal")
 _VALUE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _TORSO_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
+
+
+_SCALE_OFFSET = 0.5413  # softplus of it is one: the first policy has the standard deviation one
+_MIN_SCALE = 1e-3
 
 
 class MLP(nn.Module):
@@ -49,75 +59,290 @@ class MLP(nn.Module):
         return x
 
 
-class ActorCritic(nn.Module):
-    """A policy over discrete actions and a state-value function.
+class Conv(nn.Module):
+    """The torso of Young & Tian 2019 (arXiv:1903.03176) for MinAtar: one 3x3 convolution, then dense layers.
 
     Attributes:
-      num_actions: number of discrete actions.
+      hidden_sizes: width of each dense layer.
+      activation: applied after each layer.
+      channels: number of the convolution's channels.
+    """
+
+    hidden_sizes: tuple[int, ...]
+    activation: Callable[[Array], Array]
+    channels: int = 16
+
+    @nn.compact
+    def __call__(self, observation: Array) -> Array:
+        """Maps images `[..., height, width, channels]` of any dtype to `[..., hidden_sizes[-1]]` float32."""
+        batch, image = observation.shape[:-3], observation.shape[-3:]
+        x = observation.reshape(-1, *image).astype(jnp.float32)
+        conv = nn.Conv(self.channels, (3, 3), padding="VALID", kernel_init=_TORSO_INIT)
+        x = self.activation(conv(x)).reshape(*batch, -1)
+        for size in self.hidden_sizes:
+            x = self.activation(nn.Dense(size, kernel_init=_TORSO_INIT)(x))
+        return x
+
+
+def initial_carry(core: str | None, core_size: int, num_envs: int) -> Carry:
+    """A core's carry at an episode's start: zeros, `[N, core_size]`, a pair of them for an LSTM."""
+    zeros = jnp.zeros((num_envs, core_size))
+    return {None: (), "lstm": (zeros, zeros), "gru": zeros}[core]
+
+
+class Trunk(nn.Module):
+    """A torso and, where `core` names one, a recurrent core on top.
+
+    Attributes:
+      torso: maps observations `[..., *observation]` to features `[..., F]`.
+      core: None, `lstm` or `gru`.
+      core_size: the core's width.
+    """
+
+    torso: nn.Module
+    core: str | None = None
+    core_size: int = 256
+
+    def setup(self) -> None:
+        if self.core is not None:
+            cell = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}[self.core]
+            self.cell = cell(self.core_size)
+
+    def __call__(self, observation: Array, carry: Carry) -> tuple[Array, Carry]:
+        """One step: features `[..., F]` and the carry after it."""
+        features = self.torso(observation)
+        if self.core is None:
+            return features, carry
+        carry, features = self.cell(carry, features)
+        return features, carry
+
+    def unroll(self, observation: Array, carry: Carry, starts: Array) -> tuple[Array, Carry]:
+        """T steps.
+
+        Args:
+          observation: `[T, N, *observation]`.
+          carry: at the first of them, `[N, ...]`.
+          starts: whether an episode starts with this observation, `[T, N]` bool: the carry is reset first.
+
+        Returns:
+          Features `[T, N, F]`, and the carry after each step `[T, N, ...]`.
+        """
+        features = self.torso(observation)
+        if self.core is None:
+            return features, carry
+        fresh = initial_carry(self.core, self.core_size, observation.shape[1])
+
+        def step(cell: nn.Module, carry: Carry, inputs: Any) -> tuple[Carry, Any]:
+            x, start = inputs
+            carry, features = cell(select(start, fresh, carry), x)
+            return carry, (features, carry)
+
+        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        _, (features, carries) = scan(self.cell, carry, (features, starts))
+        return features, carries
+
+
+class ActorCritic(nn.Module):
+    """A policy and a state-value function.
+
+    Attributes:
+      num_actions: number of discrete actions, or of a continuous action's dimensions.
+      continuous: whether actions are continuous: the policy is then a diagonal Gaussian.
       hidden_sizes: width of each hidden layer.
       activation: name of the non-linearity, a key of `ACTIVATIONS`.
-      shared_torso: whether actor and critic share the hidden layers.
+      shared_torso: whether actor and critic share everything but the heads.
       observation_ndim: how many trailing dimensions make up one observation.
+      torso: `mlp` or `conv`.
+      core: None, `lstm` or `gru`.
+      core_size: the core's width.
+      state_dependent_scale: whether a Gaussian's standard deviation is the softplus of a layer, as in the
+        paper, or the exponential of a free parameter.
     """
 
     num_actions: int
+    continuous: bool = False
     hidden_sizes: tuple[int, ...] = (128,)
     activation: str = "relu"
     shared_torso: bool = False
     observation_ndim: int = 1
+    torso: str = "mlp"
+    core: str | None = None
+    core_size: int = 256
+    state_dependent_scale: bool = True
 
     def setup(self) -> None:
-        def torso() -> MLP:
-            return MLP(self.hidden_sizes, ACTIVATIONS[self.activation], self.observation_ndim)
+        activation = ACTIVATIONS[self.activation]
 
-        self.actor_torso = torso()
-        self.critic_torso = self.actor_torso if self.shared_torso else torso()
+        def trunk() -> Trunk:
+            torso = (
+                Conv(self.hidden_sizes, activation)
+                if self.torso == "conv"
+                else MLP(self.hidden_sizes, activation, self.observation_ndim)
+            )
+            return Trunk(torso, self.core, self.core_size)
+
+        self.actor_trunk = trunk()
+        self.critic_trunk = self.actor_trunk if self.shared_torso else trunk()
         self.policy_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
         self.value_head = nn.Dense(1, kernel_init=_VALUE_INIT)
+        if self.continuous and self.state_dependent_scale:
+            self.scale_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
+        elif self.continuous:
+            self.log_scale = self.param("log_scale", nn.initializers.zeros, (self.num_actions,))
 
-    def __call__(self, observation: Array) -> tuple[Categorical, Array]:
-        """Maps observations `[..., *observation]` to a distribution and values, both of batch `[...]`."""
-        return self.actor(observation), self.critic(observation)
+    def initialize_carry(self, num_envs: int) -> Carry:
+        """What the network remembers at an episode's start, a tree of `[N, ...]`; `()` without a core."""
+        carry = initial_carry(self.core, self.core_size, num_envs)
+        return carry if self.core is None or self.shared_torso else (carry, carry)
 
-    def actor(self, observation: Array) -> Categorical:
-        """The policy alone: logits, never probabilities."""
-        return Categorical(self.policy_head(self.actor_torso(observation)))
+    def __call__(self, observation: Array, carry: Carry = None) -> tuple[Distribution, Array]:
+        """Maps observations `[..., *observation]` to a distribution and values, both of batch `[...]`.
+
+        A recurrent network takes observations `[N, *observation]`; without a carry, each starts an episode.
+        """
+        carry = self._carry(observation, carry)
+        return self.act(observation, carry)[0], self.value(observation, carry)
+
+    def actor(self, observation: Array) -> Distribution:
+        """The policy alone, at an episode's start where the network is recurrent."""
+        return self.act(observation, self._carry(observation, None))[0]
 
     def critic(self, observation: Array) -> Array:
         """The value alone, `[...]`: no trailing dimension of one that could broadcast by accident."""
-        return jnp.squeeze(self.value_head(self.critic_torso(observation)), axis=-1)
+        return self.value(observation, self._carry(observation, None))
+
+    def act(self, observation: Array, carry: Carry) -> tuple[Distribution, Carry]:
+        """One step of the policy, and the carry after it. What only the critic needs is computed where it remembers."""
+        actor_carry, critic_carry = self._split(carry)
+        features, actor_carry = self.actor_trunk(observation, actor_carry)
+        if self.core is None:
+            return self._policy(features), ()
+        if self.shared_torso:
+            return self._policy(features), actor_carry
+        _, critic_carry = self.critic_trunk(observation, critic_carry)
+        return self._policy(features), (actor_carry, critic_carry)
+
+    def value(self, observation: Array, carry: Carry) -> Array:
+        """The value of an observation that follows the carry, `[...]`."""
+        features, _ = self.critic_trunk(observation, self._split(carry)[1])
+        return self._value(features)
+
+    def unroll(
+        self, observation: Array, carry: Carry, starts: Array
+    ) -> tuple[Distribution, Array, Carry]:
+        """T steps: see `Trunk.unroll`. Returns distribution and values `[T, N]`, and the carry after each step."""
+        actor_carry, critic_carry = self._split(carry)
+        features, actor_carries = self.actor_trunk.unroll(observation, actor_carry, starts)
+        policy = self._policy(features)
+        if self.shared_torso:
+            return policy, self._value(features), actor_carries
+        features, critic_carries = self.critic_trunk.unroll(observation, critic_carry, starts)
+        carries = () if self.core is None else (actor_carries, critic_carries)
+        return policy, self._value(features), carries
+
+    def _carry(self, observation: Array, carry: Carry) -> Carry:
+        return self.initialize_carry(observation.shape[0]) if carry is None else carry
+
+    def _split(self, carry: Carry) -> tuple[Carry, Carry]:
+        """The actor's carry and the critic's."""
+        return (carry, carry) if self.core is None or self.shared_torso else carry
+
+    def _policy(self, features: Array) -> Distribution:
+        outputs = self.policy_head(features)  # logits, never probabilities; or means
+        if not self.continuous:
+            return Categorical(outputs)
+        if self.state_dependent_scale:
+            scale = nn.softplus(self.scale_head(features) + _SCALE_OFFSET) + _MIN_SCALE
+        else:
+            scale = jnp.broadcast_to(jnp.exp(self.log_scale), outputs.shape)
+        return DiagonalGaussian(outputs, scale)
+
+    def _value(self, features: Array) -> Array:
+        return jnp.squeeze(self.value_head(features), axis=-1)
 
 
-def trajectory_apply(network: nn.Module) -> Callable[[Any, Any], tuple[Any, Array, Array]]:
-    """An `apply_fn` for `a3c_jax.losses.a3c_loss` from a network that maps observations.
+class Model(NamedTuple):
+    """A network as pure functions of its parameters: all that the rest of the package knows of it.
+
+    Attributes:
+      initialize_carry: `(num_envs) -> carry`.
+      act: `(params, observation, carry) -> (distribution, carry)`, on `[N, ...]`.
+      value: `(params, observation, carry) -> v`, on any leading dimensions.
+      unroll: `(params, observation, carry, starts) -> (distribution, v, carries)`, on `[T, N, ...]`.
+    """
+
+    initialize_carry: Callable[[int], Carry]
+    act: Callable[[Any, Array, Carry], tuple[Any, Carry]]
+    value: Callable[[Any, Array, Carry], Array]
+    unroll: Callable[[Any, Array, Carry, Array], tuple[Any, Array, Carry]]
+
+
+def model(network: nn.Module) -> Model:
+    """The pure functions of a network.
 
     Args:
-      network: a module like `ActorCritic`, with the methods `__call__` and `critic`.
+      network: a module like `ActorCritic`; or any feed-forward one that maps observations, with the methods
+        `__call__` (a distribution and values), `actor` and `critic`.
+    """
+    apply: Callable[..., Any] = network.apply
+    if hasattr(network, "initialize_carry"):
+        return Model(
+            network.initialize_carry,
+            lambda params, *inputs: apply(params, *inputs, method="act"),
+            lambda params, *inputs: apply(params, *inputs, method="value"),
+            lambda params, *inputs: apply(params, *inputs, method="unroll"),
+        )
+    return Model(
+        lambda num_envs: (),
+        lambda params, observation, _: (apply(params, observation, method="actor"), ()),
+        lambda params, observation, _: apply(params, observation, method="critic"),
+        lambda params, observation, *_: (*apply(params, observation), ()),
+    )
+
+
+def trajectory_apply(model: Model) -> Callable[[Any, Any], tuple[Any, Array, Array]]:
+    """An `apply_fn` for `a3c_jax.losses.a3c_loss` from a network's functions.
 
     Returns:
       A function from parameters and a trajectory to the distribution at `observation_tm1`, its values
       `v_tm1`, and `v_t`, the values of the observations that followed.
 
+    A recurrent network is unrolled from the carry at the segment's start, which is reset where an episode
+    ended, and the gradient flows through the whole segment.
+
     `v_t` costs one small forward pass. Inside an episode the observation that followed is the next one
     acted upon, so that `v_t` is `v_tm1` one step on. Only after the segment's last step and at a time
-    limit is it not, and the pass over all final observations runs only where a time limit was met.
-    (After a termination `v_t` is never read: its discount is zero.)
+    limit is it not: there the network goes on from its carry before the reset. The pass over all final
+    observations runs only where a time limit was met. (After a termination `v_t` is never read: its
+    discount is zero.)
     """
 
-    apply: Callable[..., Any] = network.apply
-
     def apply_fn(params: Any, trajectory: Any) -> tuple[Any, Array, Array]:
-        def critic(observation: Array) -> Array:
-            return apply(params, observation, method="critic")
-
-        distribution_tm1, v_tm1 = apply(params, trajectory.observation_tm1)
-        v_last = critic(trajectory.observation_t[-1:])
+        ended_t = trajectory.terminated_t | trajectory.truncated_t
+        starts = jnp.concatenate([jnp.zeros_like(ended_t[:1]), ended_t[:-1]])
+        distribution_tm1, v_tm1, carries = model.unroll(
+            params, trajectory.observation_tm1, trajectory.carry, starts
+        )
+        v_last = model.value(
+            params, trajectory.observation_t[-1:], jax.tree.map(lambda x: x[-1:], carries)
+        )
         v_next = jnp.concatenate([v_tm1[1:], v_last])
         v_t = jax.lax.cond(
             jnp.any(trajectory.truncated_t),
-            lambda: jnp.where(trajectory.truncated_t, critic(trajectory.observation_t), v_next),
+            lambda: jnp.where(
+                trajectory.truncated_t,
+                model.value(params, trajectory.observation_t, carries),
+                v_next,
+            ),
             lambda: v_next,
         )
         return distribution_tm1, v_tm1, v_t
 
     return apply_fn
+
+
+def select(flags: Array, new: Any, old: Any) -> Any:
+    """The tree `new` where the flags `[N]` are set, and `old` elsewhere; leaves are `[N, ...]`."""
+    return jax.tree.map(
+        lambda x, y: jnp.where(flags.reshape(flags.shape + (1,) * (y.ndim - 1)), x, y), new, old
+    )

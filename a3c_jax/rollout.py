@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from a3c_jax.environments import Environment
+from a3c_jax.networks import select
 
 Array = jax.Array
 
@@ -18,11 +19,13 @@ class Trajectory(NamedTuple):
 
     Attributes:
       observation_tm1: what was acted upon, `[T, N, ...]`.
-      action_tm1: what was done, `[T, N]` int32.
+      action_tm1: what was done, `[T, N]` int32, or `[T, N, D]` float32 where actions are continuous.
       reward_t: what it earned, `[T, N]` float32.
       terminated_t: whether it ended the episode, `[T, N]` bool.
       truncated_t: whether a time limit then cut the episode, `[T, N]` bool.
       observation_t: what followed, before any reset, `[T, N, ...]`.
+      carry: what a recurrent network remembered at the segment's start, a tree of `[N, ...]`; `()` where it
+        is not recurrent.
     """
 
     observation_tm1: Array
@@ -31,6 +34,7 @@ class Trajectory(NamedTuple):
     terminated_t: Array
     truncated_t: Array
     observation_t: Array
+    carry: Any = ()
 
 
 class Episodes(NamedTuple):
@@ -57,6 +61,7 @@ class RolloutState(NamedTuple):
       observation: what to act upon next, `[N, ...]`.
       episode_return: the running episodes' returns so far, `[N]` float32.
       episode_length: their numbers of steps so far, `[N]` int32.
+      carry: what a recurrent network remembers, a tree of `[N, ...]`.
     """
 
     key: Array
@@ -64,39 +69,46 @@ class RolloutState(NamedTuple):
     observation: Array
     episode_return: Array
     episode_length: Array
+    carry: Any = ()
 
 
-def start(environment: Environment, key: Array, num_envs: int) -> RolloutState:
-    """Resets `num_envs` environments and makes the state of the first segment."""
+def start(environment: Environment, key: Array, num_envs: int, carry: Any = ()) -> RolloutState:
+    """Resets `num_envs` environments and makes the state of the first segment.
+
+    `carry` is what a recurrent network remembers at an episode's start, a tree of `[N, ...]`.
+    """
     key, reset_key = jax.random.split(key)
     observation, state = environment.reset(reset_key, num_envs)
     return RolloutState(
-        key, state, observation, jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32)
+        key, state, observation, jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), carry
     )
 
 
 def unroll(
     environment: Environment,
-    policy: Callable[[Array, Array], Array],
+    policy: Callable[[Array, Array, Any], tuple[Array, Any]],
     state: RolloutState,
     num_steps: int,
+    fresh_carry: Any = (),
 ) -> tuple[RolloutState, Trajectory, Episodes]:
     """Plays `num_steps` steps in each environment.
 
     Args:
       environment: what to play.
-      policy: `policy(key, observation) -> action`, from `[N, ...]` to `[N]`.
+      policy: `policy(key, observation, carry) -> (action, carry)`, on `[N, ...]`.
       state: where to go on from.
       num_steps: T, a Python integer.
+      fresh_carry: the carry at an episode's start: what it is reset to where one ended.
 
     Returns:
       The state to go on from, the trajectory, and the episodes that ended on the way.
     """
     key, segment_key = jax.random.split(state.key)
+    first_carry = state.carry
 
     def step(state: RolloutState, key: Array) -> tuple[RolloutState, tuple[Trajectory, Episodes]]:
         action_key, environment_key = jax.random.split(key)
-        action = policy(action_key, state.observation)
+        action, carry = policy(action_key, state.observation, state.carry)
         transition = environment.step(environment_key, state.environment, action)
         ended = transition.terminated | transition.truncated
         episode_return = state.episode_return + transition.reward
@@ -114,10 +126,11 @@ def unroll(
             observation=transition.observation,
             episode_return=jnp.where(ended, 0.0, episode_return),
             episode_length=jnp.where(ended, 0, episode_length),
+            carry=select(ended, fresh_carry, carry),
         )
         return next_state, (trajectory, Episodes(ended, episode_return, episode_length))
 
     state, (trajectory, episodes) = jax.lax.scan(
         step, state._replace(key=key), jax.random.split(segment_key, num_steps)
     )
-    return state, trajectory, episodes
+    return state, trajectory._replace(carry=first_carry), episodes

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from a3c_jax import kernels, rollout
 from a3c_jax.environments import Environment
 from a3c_jax.losses import a3c_loss
-from a3c_jax.networks import trajectory_apply
+from a3c_jax.networks import model, trajectory_apply
 from a3c_jax.packing import Packing
 
 Array = jax.Array
@@ -45,6 +45,8 @@ def make_worker_step(
     discount: float,
     critic_cost: float,
     entropy_cost: float,
+    lambda_: float = 1.0,
+    reward_clip: float | None = None,
     terminal_reward: float | None = None,
 ) -> WorkerStep:
     """Makes the function that every worker thread calls again and again.
@@ -56,22 +58,29 @@ def make_worker_step(
       discount: the factor gamma, per step.
       critic_cost: weight of the critic's loss.
       entropy_cost: weight of the entropy loss.
+      lambda_: the returns' lambda: 1 is A3C, less is generalised advantage estimation.
+      reward_clip: if given, the loss sees rewards clipped to [-reward_clip, reward_clip].
       terminal_reward: if given, what the loss sees as the reward of a step that terminated its episode.
 
     Returns:
       `worker_step(params, state) -> (gradients, state, statistics)`: pure, to be compiled by its caller.
     """
-    apply_fn = trajectory_apply(network)
-    apply: Callable[..., Any] = network.apply
+    functions = model(network)
+    apply_fn = trajectory_apply(functions)
 
     def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, Statistics]:
-        def policy(key: Array, observation: Array) -> Array:
-            return apply(params, observation, method="actor").sample(key)
+        def policy(key: Array, observation: Array, carry: Any) -> tuple[Array, Any]:
+            distribution, carry = functions.act(params, observation, carry)
+            return distribution.sample(key), carry
 
-        state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max)
+        fresh_carry = functions.initialize_carry(state.observation.shape[0])
+        state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max, fresh_carry)
+        reward_t = trajectory.reward_t
         if terminal_reward is not None:
-            reward_t = jnp.where(trajectory.terminated_t, terminal_reward, trajectory.reward_t)
-            trajectory = trajectory._replace(reward_t=reward_t)
+            reward_t = jnp.where(trajectory.terminated_t, terminal_reward, reward_t)
+        if reward_clip is not None:
+            reward_t = jnp.clip(reward_t, -reward_clip, reward_clip)
+        trajectory = trajectory._replace(reward_t=reward_t)
         gradients, metrics = jax.grad(a3c_loss, has_aux=True)(
             params,
             apply_fn,
@@ -79,6 +88,7 @@ def make_worker_step(
             discount=discount,
             critic_cost=critic_cost,
             entropy_cost=entropy_cost,
+            lambda_=lambda_,
         )
         squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
         metrics["gradient_norm"] = jnp.sqrt(sum(squares))

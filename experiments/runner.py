@@ -90,7 +90,7 @@ def main(
             checkpoint = find(options.resume)
             config = parse(checkpoint.config).config
             check_same_run(checkpoint.config, config)
-        environment = environments.make(config.environment)
+        environment = environments.make(config.environment, action_bounds=config.action_bounds)
         if options.resume is not None and checkpoint is not None and options.resume.is_dir():
             run_dir = _continue_in(options.resume, options.run_dir, checkpoint.environment_steps)
         else:
@@ -209,7 +209,7 @@ def _evaluate(result: Any, num_episodes: int) -> dict[str, dict[str, float]]:
     for name, policy in (
         ("greedy", evaluation.greedy_policy(result.network)),
         ("sampled", evaluation.sampled_policy(result.network)),
-        ("random", evaluation.random_policy(result.environment.num_actions)),
+        ("random", evaluation.random_policy(result.environment)),
     ):
         returns = evaluation.evaluate(
             policy, result.params, result.environment, result.evaluation_key, num_episodes
