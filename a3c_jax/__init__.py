@@ -10,6 +10,7 @@ above it (a test reads the imports and holds this table to it):
 | `config`        | `A3CConfig`, checked when it is made                                            |
 | `runtime`       | process settings for CPU, set before JAX starts                                 |
 | `packing`       | trees of small arrays as one vector, bit for bit                                |
+| `moments`       | running mean and variance, to normalise by, shared by all workers               |
 | `networks`      | Flax modules: torsos, heads, actor-critic                                       |
 | `environments`  | `make(name)`: one batched protocol over gymnax                                  |
 | `rollout`       | the n-step unroll, `Trajectory`, episode statistics                             |

@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from a3c_jax import environments, kernels, rollout
+from a3c_jax import environments, kernels, moments, rollout
 from a3c_jax.config import A3CConfig
 from a3c_jax.networks import ActorCritic, model
 from a3c_jax.parameters import make_optimizer
@@ -72,21 +73,43 @@ def make_agent(
         state_dependent_scale=config.state_dependent_scale,
     )
     functions = model(network)
+    statistics = {}
+    if config.normalize_observations:
+        statistics["observation"] = moments.empty(environment.observation_shape)
+    if config.normalize_rewards:
+        statistics["reward"] = moments.empty(())
 
     @kernels.jit_for_one_call
     def start(seed: Any, worker: Any) -> WorkerState:
         _, workers_key, _ = _keys(seed)
         key = jax.random.fold_in(workers_key, worker)
         carry = functions.initialize_carry(config.envs_per_worker)
-        return rollout.start(environment, key, config.envs_per_worker, carry)
+        state = rollout.start(environment, key, config.envs_per_worker, carry)
+        if config.normalize_rewards:
+            state = state._replace(discounted_return=jnp.zeros(config.envs_per_worker))
+        return state
 
     @kernels.jit_for_one_call
     def init(seed: Any, observation: Any) -> Any:
         network_key, _, _ = _keys(seed)
-        return network.init(network_key, observation)
+        params = network.init(network_key, observation)
+        return {**params, moments.STATISTICS: statistics} if statistics else params
 
     seed = np.uint32(config.seed)
     states = [start(seed, np.int32(worker)) for worker in range(config.num_workers)]
+    optimizer: optax.GradientTransformation = make_optimizer(
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        anneal_over=config.max_updates if config.learning_rate_schedule == "linear" else None,
+        max_gradient_norm=config.max_gradient_norm,
+        adam_epsilon=config.adam_epsilon,
+        momentum=config.momentum,
+        rmsprop_decay=config.rmsprop_decay,
+        rmsprop_epsilon=config.rmsprop_epsilon,
+        num_workers=config.num_workers,
+    )
+    if statistics:
+        optimizer = moments.merging(optimizer, statistics)
     return Agent(
         config=config,
         environment=environment,
@@ -104,17 +127,7 @@ def make_agent(
             reward_clip=config.reward_clip,
             terminal_reward=config.terminal_reward,
         ),
-        optimizer=make_optimizer(
-            config.optimizer,
-            learning_rate=config.learning_rate,
-            anneal_over=config.max_updates if config.learning_rate_schedule == "linear" else None,
-            max_gradient_norm=config.max_gradient_norm,
-            adam_epsilon=config.adam_epsilon,
-            momentum=config.momentum,
-            rmsprop_decay=config.rmsprop_decay,
-            rmsprop_epsilon=config.rmsprop_epsilon,
-            num_workers=config.num_workers,
-        ),
+        optimizer=optimizer,
     )
 
 

@@ -52,6 +52,10 @@ class A3CConfig:
     """Weight of the critic's loss, which is half the mean squared error."""
     entropy_cost: float = 0.01
     """Weight of the entropy bonus, the paper's beta."""
+    normalize_observations: bool = False
+    """Show the network observations less their running mean and over their running standard deviation, of all workers together."""
+    normalize_rewards: bool = False
+    """Divide rewards by the running standard deviation of the discounted return, for learning only."""
     reward_clip: float | None = None
     """If given, rewards are clipped to [-reward_clip, reward_clip] for learning; 1 in the paper. Reported returns are the environment's own."""
     terminal_reward: float | None = None
@@ -149,7 +153,12 @@ class A3CConfig:
             self._fail("environment", "must be a name", "use 'CartPole-v1'", TypeError)
         if not self.environment:
             self._fail("environment", "must not be empty", "use 'CartPole-v1'")
-        for name, default in (("shared_torso", False), ("state_dependent_scale", True)):
+        for name, default in (
+            ("shared_torso", False),
+            ("state_dependent_scale", True),
+            ("normalize_observations", False),
+            ("normalize_rewards", False),
+        ):
             if not isinstance(getattr(self, name), bool):
                 self._fail(name, "must be True or False", f"use {default}", TypeError)
         sizes = self.hidden_sizes

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from a3c_jax import moments
 from a3c_jax.distributions import Categorical, DiagonalGaussian
 
 Array = jax.Array
@@ -278,14 +279,19 @@ class Model(NamedTuple):
 
 
 def model(network: nn.Module) -> Model:
-    """The pure functions of a network.
+    """The pure functions of a network. Where the parameters hold the observations' moments, it sees them normalised.
 
     Args:
       network: a module like `ActorCritic`; or any feed-forward one that maps observations, with the methods
         `__call__` (a distribution and values), `actor` and `critic`.
     """
-    apply: Callable[..., Any] = network.apply
-    if hasattr(network, "initialize_carry"):
+    recurrent = hasattr(network, "initialize_carry")
+
+    def apply(params: Any, observation: Array, *inputs: Any, method: str) -> Any:
+        observation = moments.normalize_observation(params, observation)
+        return network.apply(params, observation, *inputs, method=method)
+
+    if recurrent:
         return Model(
             network.initialize_carry,
             lambda params, *inputs: apply(params, *inputs, method="act"),
@@ -296,7 +302,7 @@ def model(network: nn.Module) -> Model:
         lambda num_envs: (),
         lambda params, observation, _: (apply(params, observation, method="actor"), ()),
         lambda params, observation, _: apply(params, observation, method="critic"),
-        lambda params, observation, *_: (*apply(params, observation), ()),
+        lambda params, observation, *_: (*apply(params, observation, method="__call__"), ()),
     )
 
 

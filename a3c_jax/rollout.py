@@ -62,6 +62,8 @@ class RolloutState(NamedTuple):
       episode_return: the running episodes' returns so far, `[N]` float32.
       episode_length: their numbers of steps so far, `[N]` int32.
       carry: what a recurrent network remembers, a tree of `[N, ...]`.
+      discounted_return: the discounted sum of the running episodes' rewards, `[N]` float32, where rewards
+        are normalised by it; `()` elsewhere.
     """
 
     key: Array
@@ -70,6 +72,7 @@ class RolloutState(NamedTuple):
     episode_return: Array
     episode_length: Array
     carry: Any = ()
+    discounted_return: Any = ()
 
 
 def start(environment: Environment, key: Array, num_envs: int, carry: Any = ()) -> RolloutState:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from a3c_jax import kernels, rollout
+from a3c_jax import kernels, moments, rollout
 from a3c_jax.environments import Environment
 from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import model, trajectory_apply
@@ -73,9 +73,16 @@ def make_worker_step(
             distribution, carry = functions.act(params, observation, carry)
             return distribution.sample(key), carry
 
+        moving = params.get(moments.STATISTICS, {}) if hasattr(params, "get") else {}
         fresh_carry = functions.initialize_carry(state.observation.shape[0])
         state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max, fresh_carry)
+        statistics: dict[str, Any] = {}
+        if "observation" in moving:
+            statistics["observation"] = moments.of(trajectory.observation_tm1, 2)
         reward_t = trajectory.reward_t
+        if "reward" in moving:
+            state, statistics["reward"] = _discounted_returns(state, trajectory, discount)
+            reward_t = moments.scale(reward_t, params[moments.STATISTICS]["reward"])
         if terminal_reward is not None:
             reward_t = jnp.where(trajectory.terminated_t, terminal_reward, reward_t)
         if reward_clip is not None:
@@ -92,9 +99,26 @@ def make_worker_step(
         )
         squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
         metrics["gradient_norm"] = jnp.sqrt(sum(squares))
+        if statistics:
+            gradients = {**gradients, moments.STATISTICS: statistics}
         return gradients, state, Statistics(metrics, episodes)
 
     return worker_step
+
+
+def _discounted_returns(
+    state: WorkerState, trajectory: rollout.Trajectory, discount: float
+) -> tuple[WorkerState, moments.Moments]:
+    """Carries the running episodes' discounted returns over a segment; the moments of all of them."""
+
+    def step(running: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        reward, ended = step
+        running = discount * running + reward
+        return jnp.where(ended, 0.0, running), running
+
+    ended_t = trajectory.terminated_t | trajectory.truncated_t
+    last, returns = jax.lax.scan(step, state.discounted_return, (trajectory.reward_t, ended_t))
+    return state._replace(discounted_return=last), moments.of(returns, 2)
 
 
 @jax.jit
