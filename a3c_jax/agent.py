@@ -1,5 +1,6 @@
 """What a configuration describes, built: environment, network, first parameters and states, worker step, optimizer."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -36,6 +37,26 @@ class Agent(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
+class Blueprint(NamedTuple):
+    """What a configuration describes before anything is computed: functions whose arguments may be traced.
+
+    Attributes:
+      environment: what is played.
+      network: the network.
+      worker_step: what each worker does again and again.
+      start: `start(seed, worker)` gives a worker's initial state.
+      init: `init(seed, observation)` gives the initial parameters; only the observation's shape matters.
+      optimizer: `optimizer(learning_rate)` gives the optax transformation.
+    """
+
+    environment: environments.Environment
+    network: nn.Module
+    worker_step: WorkerStep
+    start: Callable[[Any, Any], WorkerState]
+    init: Callable[[Any, Any], Any]
+    optimizer: Callable[[Any], optax.GradientTransformation]
+
+
 def make_agent(
     config: A3CConfig,
     *,
@@ -52,46 +73,51 @@ def make_agent(
     Raises:
       ValueError: where the environment is unknown or not supported.
     """
-    environment = environment or environments.make(config.environment)
-    network = network or ActorCritic(
-        num_actions=environment.num_actions,
-        hidden_sizes=config.hidden_sizes,
-        activation=config.activation,
-        shared_torso=config.shared_torso,
-        observation_ndim=len(environment.observation_shape),
-    )
-
-    @kernels.jit_for_one_call
-    def start(seed: Any, worker: Any) -> WorkerState:
-        _, workers_key, _ = _keys(seed)
-        key = jax.random.fold_in(workers_key, worker)
-        return rollout.start(environment, key, config.envs_per_worker)
-
-    @kernels.jit_for_one_call
-    def init(seed: Any, observation: Any) -> Any:
-        network_key, _, _ = _keys(seed)
-        return network.init(network_key, observation)
-
+    blueprint = make_blueprint(config, environment=environment, network=network)
+    start = kernels.jit_for_one_call(blueprint.start)
+    init = kernels.jit_for_one_call(blueprint.init)
     seed = np.uint32(config.seed)
     states = [start(seed, np.int32(worker)) for worker in range(config.num_workers)]
     return Agent(
         config=config,
-        environment=environment,
-        network=network,
+        environment=blueprint.environment,
+        network=blueprint.network,
         params=init(seed, states[0].observation),
         states=states,
-        worker_step=make_worker_step(
-            environment,
-            network,
-            t_max=config.t_max,
-            discount=config.discount,
-            critic_cost=config.critic_cost,
-            entropy_cost=config.entropy_cost,
-            terminal_reward=config.terminal_reward,
-        ),
-        optimizer=make_optimizer(
+        worker_step=blueprint.worker_step,
+        optimizer=blueprint.optimizer(config.learning_rate),
+    )
+
+
+def make_blueprint(
+    config: A3CConfig,
+    *,
+    environment: environments.Environment | None = None,
+    network: nn.Module | None = None,
+) -> Blueprint:
+    """Builds what a configuration describes but for its seed and its learning rate; arguments as `make_agent`'s."""
+    played = environment or environments.make(config.environment)
+    trained = network or ActorCritic(
+        num_actions=played.num_actions,
+        hidden_sizes=config.hidden_sizes,
+        activation=config.activation,
+        shared_torso=config.shared_torso,
+        observation_ndim=len(played.observation_shape),
+    )
+
+    def start(seed: Any, worker: Any) -> WorkerState:
+        _, workers_key, _ = _keys(seed)
+        key = jax.random.fold_in(workers_key, worker)
+        return rollout.start(played, key, config.envs_per_worker)
+
+    def init(seed: Any, observation: Any) -> Any:
+        network_key, _, _ = _keys(seed)
+        return trained.init(network_key, observation)
+
+    def optimizer(learning_rate: Any) -> optax.GradientTransformation:
+        return make_optimizer(
             config.optimizer,
-            learning_rate=config.learning_rate,
+            learning_rate=learning_rate,
             anneal_over=config.max_updates if config.learning_rate_schedule == "linear" else None,
             max_gradient_norm=config.max_gradient_norm,
             adam_epsilon=config.adam_epsilon,
@@ -99,7 +125,23 @@ def make_agent(
             rmsprop_decay=config.rmsprop_decay,
             rmsprop_epsilon=config.rmsprop_epsilon,
             num_workers=config.num_workers,
+        )
+
+    return Blueprint(
+        environment=played,
+        network=trained,
+        worker_step=make_worker_step(
+            played,
+            trained,
+            t_max=config.t_max,
+            discount=config.discount,
+            critic_cost=config.critic_cost,
+            entropy_cost=config.entropy_cost,
+            terminal_reward=config.terminal_reward,
         ),
+        start=start,
+        init=init,
+        optimizer=optimizer,
     )
 
 

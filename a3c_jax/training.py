@@ -28,7 +28,7 @@ from a3c_jax.parameters import (
     StoreState,
 )
 from a3c_jax.threads import WorkerError, WorkerThreads
-from a3c_jax.worker import PackedWorkerStep
+from a3c_jax.worker import PackedWorkerStep, Record
 
 
 class TrainResult(NamedTuple):
@@ -152,13 +152,13 @@ def _train(
     if run.stop_reason is not None:
         remaining = 0
 
-    def on_commit(worker: int, snapshot: Snapshot, staleness: int, report: np.ndarray) -> None:
-        run.record(worker, snapshot, staleness, report)
+    def on_commit(worker: int, snapshot: Snapshot, staleness: int, record: Record) -> None:
+        run.record(worker, snapshot, staleness, record)
         if run.stop_reason is not None:
             threads.stop()
 
     threads = WorkerThreads(
-        run.step, run.store, run.states, on_commit=on_commit, max_updates=remaining
+        run.step.play, run.store, run.states, on_commit=on_commit, max_updates=remaining
     )
     run.states = threads.states  # from here on the threads keep them
 
@@ -200,7 +200,7 @@ def _train(
         if isinstance(error, WorkerError):
             error.result = run.result()
             if isinstance(error.__cause__, NonFiniteError):
-                metrics = run.step.metrics(error.record)
+                metrics = run.step.metrics(error.record.report)
                 bad = [name for name, value in metrics.items() if not np.isfinite(value)]
                 error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
         raise
@@ -266,14 +266,14 @@ def replay(
     for k, (worker, pulled) in enumerate(
         zip(workers.tolist(), pulled_versions.tolist(), strict=True)
     ):
-        gradients, state, report = run.step(versions[pulled], run.states[worker])
+        gradients, state, record = run.step.play(versions[pulled], run.states[worker])
         try:
             run.store.apply(gradients, pulled, worker)
         except NonFiniteError as error:
-            raise WorkerError(worker, error, pulled, report) from error
+            raise WorkerError(worker, error, pulled, record) from error
         run.states[worker] = state
         snapshot = run.store.pull()
-        run.record(worker, snapshot, k - pulled, report)
+        run.record(worker, snapshot, k - pulled, record)
         versions[k + 1] = snapshot.params
         for version in {pulled, k + 1}:
             if last_use.get(version, -1) <= k:
@@ -284,7 +284,7 @@ def replay(
                 k,
                 Snapshot(tree(snapshot.params), snapshot.version),
                 tree(gradients),
-                run.step.metrics(report),
+                run.step.metrics(record.report),
             )
     run.finish("replayed")
     return run.result()
@@ -333,9 +333,9 @@ class _Run:
     def start_clock(self) -> None:
         self.counters.start_clock(self._seconds)
 
-    def record(self, worker: int, snapshot: Snapshot, staleness: int, report: np.ndarray) -> None:
+    def record(self, worker: int, snapshot: Snapshot, staleness: int, record: Record) -> None:
         """Counts an update, and decides whether it was the last. Called under the store's lock."""
-        returns, lengths = self.step.episodes(report)
+        report, returns, lengths = record
         self.counters.record(worker, staleness, lambda: self.step.metrics(report), returns, lengths)
         if returns.size and self.stop_reason is None:
             self._judge(snapshot.params)

@@ -170,6 +170,11 @@ class PackedWorkerStep:
         gradients, packed_state, report = self._step(flat_params, packed_state)
         return gradients, packed_state, np.asarray(report)  # waits: a call's results come together
 
+    def play(self, flat_params: Array, packed_state: Array) -> tuple[Array, Array, "Record"]:
+        """The same, with what every update has to count read from the report: before the lock is taken."""
+        gradients, packed_state, report = self(flat_params, packed_state)
+        return gradients, packed_state, Record(report, *self.episodes(report))
+
     def metrics(self, report: np.ndarray) -> dict[str, float]:
         """The metrics of a report, by name."""
         values = self._report.unpack_on_host(report).metrics.tolist()
@@ -181,6 +186,20 @@ class PackedWorkerStep:
             return _NO_EPISODES
         episodes = self._report.unpack_on_host(report).episodes
         return episodes.episode_return[episodes.ended], episodes.length[episodes.ended]
+
+
+class Record(NamedTuple):
+    """A report, and the episodes that it holds.
+
+    Attributes:
+      report: for `PackedWorkerStep.metrics`.
+      returns: `[E]` float32.
+      lengths: `[E]` int32.
+    """
+
+    report: np.ndarray
+    returns: np.ndarray
+    lengths: np.ndarray
 
 
 _NO_EPISODES = np.zeros(0, np.float32), np.zeros(0, np.int32)
