@@ -148,7 +148,8 @@ def _train(
     resume: Checkpoint | None,
 ) -> TrainResult:
     run = _Run(config, environment, network, resume)
-    remaining = None if config.max_updates is None else config.max_updates - run.version
+    limit = config.max_updates
+    remaining = None if limit is None else max(0, limit - run.version)
     if run.stop_reason is not None:
         remaining = 0
 
@@ -342,7 +343,7 @@ class _Run:
 
     def _judge(self, params: Any) -> None:
         config, mean_return = self.config, self.counters.mean_return
-        if mean_return is not None:
+        if mean_return is not None and not np.isnan(mean_return):
             if self._best[0] is None or mean_return > self._best[0]:
                 self._best = (mean_return, params)
             if config.solved_return is not None and mean_return >= config.solved_return:

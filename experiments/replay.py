@@ -95,7 +95,7 @@ def first_difference(checkpoint: Any, result: Any) -> str | None:
     for name in ("worker", "episode_return", "length", "environment_steps"):
         ran, replayed = getattr(checkpoint.episodes, name), getattr(result.episodes, name)
         count = min(len(ran), len(replayed))
-        if not np.array_equal(ran[:count], replayed[:count]):
+        if ran[:count].tobytes() != replayed[:count].tobytes():
             i = int(np.argmax(ran[:count] != replayed[:count]))
             update = checkpoint.episodes.environment_steps[i] // checkpoint.config.steps_per_update
             return (

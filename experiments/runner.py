@@ -83,7 +83,7 @@ def main(
     try:
         parsed = parse(defaults)
         from a3c_jax import environments  # after the command line: --help answers at once
-        from a3c_jax.checkpoints import CheckpointError, CheckpointFolder, check_same_run, find
+        from a3c_jax.checkpoints import CheckpointFolder, check_same_run, find
 
         config, options, checkpoint = parsed.config, parsed.options, None
         if options.resume is not None:
@@ -101,7 +101,7 @@ def main(
             every_updates=options.checkpoint_updates,
             keep=options.keep_checkpoints,
         )
-    except (ValueError, TypeError, OSError, CheckpointError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     _run(config, options, environment, run_dir, checkpoints, checkpoint, sinks, plot_options)
