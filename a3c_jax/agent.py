@@ -96,14 +96,15 @@ def make_blueprint(
     network: nn.Module | None = None,
 ) -> Blueprint:
     """Builds what a configuration describes but for its seed and its learning rate; arguments as `make_agent`'s."""
-    played = environment or environments.make(config.environment)
-    trained = network or ActorCritic(
+    played = environments.make(config.environment) if environment is None else environment
+    described = ActorCritic(
         num_actions=played.num_actions,
         hidden_sizes=config.hidden_sizes,
         activation=config.activation,
         shared_torso=config.shared_torso,
         observation_ndim=len(played.observation_shape),
     )
+    trained = described if network is None else network
 
     def start(seed: Any, worker: Any) -> WorkerState:
         _, workers_key, _ = _keys(seed)

@@ -277,27 +277,14 @@ def _check_int(name: str, value: Any, minimum: int) -> int:
 
 
 def _check_schedule(schedule: Schedule, num_workers: int, max_staleness: int) -> None:
-    worker, pulled = (np.asarray(column) for column in schedule)
-    if worker.ndim != 1 or worker.shape != pulled.shape or not worker.size:
-        raise ValueError(
-            f"a schedule must be two vectors of one length >= 1, got {worker.shape} and "
-            f"{pulled.shape}; map over several with jax.vmap."
-        )
-    if worker.min() < 0 or worker.max() >= num_workers:
-        raise ValueError(
-            f"schedule.worker must lie in [0, {num_workers - 1}], got {worker.min()} to "
-            f"{worker.max()}; set the configuration's num_workers."
-        )
-    staleness = np.arange(len(pulled)) - pulled
-    if pulled.min() < 0 or staleness.min() < 0:
-        raise ValueError(
-            "schedule.pulled_version must name a version that exists when the update is made: row k at "
-            "most k, and at least 0; give the schedule from the run's first update on."
-        )
-    if staleness.max() > max_staleness:
+    schedule.check(num_workers)
+    if not len(schedule.worker):
+        raise ValueError("a schedule must hold one update at least, got none; give one.")
+    staleness = schedule.staleness.max()
+    if staleness > max_staleness:
         raise ValueError(
             f"the schedule's staleness must be at most max_staleness {max_staleness}, got "
-            f"{staleness.max()}; make the simulation with a larger one."
+            f"{staleness}; make the simulation with a larger one."
         )
 
 

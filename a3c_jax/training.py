@@ -200,10 +200,7 @@ def _train(
             raise TrainingInterrupted(run.result(), *error.args[:1] or (2,)) from None
         if isinstance(error, WorkerError):
             error.result = run.result()
-            if isinstance(error.__cause__, NonFiniteError):
-                metrics = run.step.metrics(error.record.report)
-                bad = [name for name, value in metrics.items() if not np.isfinite(value)]
-                error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
+            run.blame(error)
         raise
     run.finish(run.stop_reason or "max_steps")
     save()
@@ -245,21 +242,14 @@ def replay(
       What `train` returned, but for the times.
 
     Raises:
-      ValueError: where the schedule names a worker or a version that there cannot be.
+      ValueError: where the schedule names a worker or a version that there cannot be, or `until` is negative.
       WorkerError: where the run failed, at the same update.
     """
+    if until is not None and until < 0:
+        raise ValueError(f"until must be >= 0, got {until}; use None for all updates.")
+    schedule.check(config.num_workers)
     workers, pulled_versions = (np.asarray(column)[:until] for column in schedule)
     count = np.arange(len(workers))
-    if not np.all((workers >= 0) & (workers < config.num_workers)):
-        raise ValueError(
-            f"schedule.worker must lie in [0, {config.num_workers - 1}], got {workers.min()} to "
-            f"{workers.max()}; give the configuration of the run that made it."
-        )
-    if not np.all((pulled_versions >= 0) & (pulled_versions <= count)):
-        raise ValueError(
-            "schedule.pulled_version must name a version that exists when the update is made: row k at "
-            "most k; give the schedule from the run's first update on."
-        )
     run = _Run(config, environment, network, None)
     last_use = dict(zip(pulled_versions.tolist(), count.tolist(), strict=True))
     versions = {0: run.store.pull().params}
@@ -271,7 +261,12 @@ def replay(
         try:
             run.store.apply(gradients, pulled, worker)
         except NonFiniteError as error:
-            raise WorkerError(worker, error, pulled, record) from error
+            failure = WorkerError(worker, error, pulled, record)
+            failure.__cause__ = error
+            run.blame(failure)
+            run.finish("failed")
+            failure.result = run.result()
+            raise failure from error
         run.states[worker] = state
         snapshot = run.store.pull()
         run.record(worker, snapshot, k - pulled, record)
@@ -324,7 +319,7 @@ class _Run:
         if resume is not None:
             self._restore(resume)
         gradients, _, _ = self.step(self.store.pull().params, self.states[0])  # compiles
-        self.store.compile(gradients)
+        self.store.compile(gradients, fused=not self.step.fused)
         self._clock.lap("compile")
 
     @property
@@ -338,7 +333,7 @@ class _Run:
         """Counts an update, and decides whether it was the last. Called under the store's lock."""
         report, returns, lengths = record
         self.counters.record(worker, staleness, lambda: self.step.metrics(report), returns, lengths)
-        if returns.size and self.stop_reason is None:
+        if returns.size:
             self._judge(snapshot.params)
 
     def _judge(self, params: Any) -> None:
@@ -347,9 +342,16 @@ class _Run:
             if self._best[0] is None or mean_return > self._best[0]:
                 self._best = (mean_return, params)
             if config.solved_return is not None and mean_return >= config.solved_return:
-                self.stop_reason = "solved"
+                self.stop_reason = self.stop_reason or "solved"
         if config.max_episodes is not None and self.counters.episodes >= config.max_episodes:
             self.stop_reason = self.stop_reason or "max_episodes"
+
+    def blame(self, error: WorkerError) -> None:
+        """Adds to the error of an update that is not finite what went bad in its segment."""
+        if isinstance(error.__cause__, NonFiniteError):
+            metrics = self.step.metrics(error.record.report)
+            bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+            error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
 
     def finish(self, stop_reason: str) -> None:
         """Stops the clock."""

@@ -83,7 +83,7 @@ class Asynchronous:
         self._traced_step = packed.play if trace is None else trace.step(packed.play)
         self._trace = trace
         self.gradients, _, _ = packed(params, self.states[0])
-        self.store.compile(self.gradients)
+        self.store.compile(self.gradients, fused=not packed.fused)
         self._start = self.store.cut(lambda: None)[0]
 
     def measure(self, seconds: float) -> Measurement:

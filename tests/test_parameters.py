@@ -466,7 +466,6 @@ def test_parameters_and_optimizer_state_are_those_that_optax_alone_would_give(na
     chex.assert_trees_all_close(store.pull().params, params, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.xfail(strict=True, reason="Packing refuses the shape of a typed key")
 def test_an_optimizer_may_keep_a_random_key():
     optimizer = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(3)), optax.sgd(0.1))
     store = SharedParameters(jnp.zeros(4), optimizer)
