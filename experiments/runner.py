@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +143,12 @@ def _run(
     except training.TrainingInterrupted as interruption:
         _print_training(interruption.result, steps_before)
         print(f"run folder: {run_dir}\ngo on with: python -m {_module()} --resume {run_dir}")
-        raise SystemExit(128 + interruption.signal) from None
+        code = 128 + interruption.signal
+        if any(thread.name.startswith("a3c-worker") for thread in threading.enumerate()):
+            # A second Ctrl-C: JAX must not be taken down under threads that are still inside it.
+            sys.stdout.flush()
+            os._exit(code)
+        raise SystemExit(code) from None
     except WorkerError as error:
         failure = {
             "error": str(error),
