@@ -22,6 +22,7 @@ above it (a test reads the imports and holds this table to it):
 | `evaluation`    | whole episodes by a fixed policy                                                |
 | `metrics`       | exact counters, the log of episodes, sinks                                      |
 | `checkpoints`   | one consistent cut of a whole run in one file, atomically written               |
+| `simulation`    | any schedule of updates as one compiled program, without threads                |
 | `training`      | `train(config)`: wires the above together; `replay`: does a run again           |
 
 The names below are imported when first used, so that `import a3c_jax.losses` in a notebook loads JAX and
@@ -38,6 +39,14 @@ if TYPE_CHECKING:
     from a3c_jax.evaluation import evaluate, greedy_policy, random_policy, sampled_policy
     from a3c_jax.networks import ActorCritic
     from a3c_jax.parameters import NonFiniteError, Schedule, SharedParameters, Snapshot
+    from a3c_jax.simulation import (
+        SimulationResult,
+        fixed_delay,
+        make_simulation,
+        random_delays,
+        round_robin,
+        straggler,
+    )
     from a3c_jax.threads import WorkerError
     from a3c_jax.training import TrainingInterrupted, TrainResult, replay, train
 
@@ -51,16 +60,22 @@ __all__ = [
     "NonFiniteError",
     "Schedule",
     "SharedParameters",
+    "SimulationResult",
     "Snapshot",
     "TrainResult",
     "TrainingInterrupted",
     "WorkerError",
     "evaluate",
+    "fixed_delay",
     "greedy_policy",
     "make",
+    "make_simulation",
+    "random_delays",
     "random_policy",
     "replay",
+    "round_robin",
     "sampled_policy",
+    "straggler",
     "train",
 ]
 
@@ -72,16 +87,22 @@ _HOME = {
     "NonFiniteError": "parameters",
     "Schedule": "parameters",
     "SharedParameters": "parameters",
+    "SimulationResult": "simulation",
     "Snapshot": "parameters",
     "TrainResult": "training",
     "TrainingInterrupted": "training",
     "WorkerError": "threads",
     "evaluate": "evaluation",
+    "fixed_delay": "simulation",
     "greedy_policy": "evaluation",
     "make": "environments",
+    "make_simulation": "simulation",
+    "random_delays": "simulation",
     "random_policy": "evaluation",
     "replay": "training",
+    "round_robin": "simulation",
     "sampled_policy": "evaluation",
+    "straggler": "simulation",
     "train": "training",
 }
 

@@ -8,6 +8,7 @@ finds the old file or the new one, never half of one.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -31,7 +32,7 @@ _SUFFIX = ".checkpoint"
 _MAX_HEADER = 1 << 16
 
 
-class CheckpointError(Exception):
+class CheckpointError(ValueError):
     """A checkpoint cannot be read: which, why, and what to do."""
 
 
@@ -197,14 +198,13 @@ def find(path: Path) -> Checkpoint:
     try:
         return load(files[-1])
     except CheckpointError as error:
-        for older in reversed(files[:-1]):
-            with contextlib.suppress(CheckpointError):
-                version = load(older).version
-                raise CheckpointError(
-                    f"{error} The one before it, {older}, is good (update {version:,}): give its name to "
-                    "go on from there."
-                ) from error
-        raise
+        good = next(filter(_is_good, reversed(files[:-1])), None)
+        if good is None:
+            raise
+        raise CheckpointError(
+            f"{error} The one before it, {good}, is good (update {load(good).version:,}): give its name to go "
+            "on from there."
+        ) from error
 
 
 def check_same_run(before: A3CConfig, now: A3CConfig) -> None:
@@ -291,13 +291,22 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{_SUFFIX}"))
 
 
+def _is_good(path: Path) -> bool:
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _mean_return(path: Path) -> float:
     """The mean return in a file's header; minus infinity where there is none or it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return float(_parse_header(path, file.readline(_MAX_HEADER))["run"]["mean_return"])
+            mean = float(_parse_header(path, file.readline(_MAX_HEADER))["run"]["mean_return"])
     except (OSError, CheckpointError, KeyError, TypeError, ValueError):
         return float("-inf")
+    return float("-inf") if math.isnan(mean) else mean
 
 
 def _parse_header(path: Path, line: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ No JAX work happens here, so that a command line can show its help, and refuse b
 import dataclasses
 import math
 import os
+import sys
 from typing import Any, Literal, get_args
 
 Optimizer = Literal["adam", "momentum", "shared_rmsprop", "rmsprop"]
@@ -209,8 +210,9 @@ class A3CConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self._fail(name, rule, remedy, TypeError)
-        if not math.isfinite(value) or not holds(value):
-            self._fail(name, rule if math.isfinite(value) else "must be finite", remedy)
+        finite = abs(value) <= sys.float_info.max  # also of an integer that no float can hold
+        if not finite or not holds(value):
+            self._fail(name, rule if finite else "must be finite", remedy)
 
     def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in choices:

@@ -2,9 +2,8 @@
 
 import json
 import time
-from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -54,7 +53,9 @@ class Counters:
         self._started = time.perf_counter()
         self._last_row = (self._started, 0, 0, 0)
         self._reported = 0
-        self._columns: list[array[Any]] = [array(code) for code in "idiqd"]
+        # With room to grow: rows up to `episodes` never change, so that others may read them at any time.
+        dtypes = (np.int32, np.float64, np.int32, np.int64, np.float64)
+        self._log = EpisodeLog(*(np.empty(1024, dtype) for dtype in dtypes))
 
     def start_clock(self, seconds: float = 0.0) -> None:
         """Sets the clock to `seconds`."""
@@ -78,8 +79,9 @@ class Counters:
         self.episodes = self._reported = len(log.episode_return)
         self._staleness = int(staleness.sum())
         self._max_staleness = int(staleness.max(initial=0))
-        for column, values in zip(self._columns, log, strict=True):
-            column.extend(values.tolist())
+        self._log = EpisodeLog(
+            *(np.array(c, own.dtype) for c, own in zip(log, self._log, strict=True))
+        )
         self._recent.extend(log.episode_return[-(self._recent.maxlen or 0) :].tolist())
         self._update_mean_return()
         self.start_clock(seconds)
@@ -102,16 +104,13 @@ class Counters:
             return
         count = returns.size
         seconds = time.perf_counter() - self._started
-        columns: tuple[Iterable[Any], ...] = (
-            [worker] * count,
-            returns,
-            lengths,
-            [self.environment_steps] * count,
-            [seconds] * count,
-        )
-        for column, values in zip(self._columns, columns, strict=True):
-            column.extend(values)
-        self.episodes += count  # last: another thread may read the columns up to here
+        begin, end = self.episodes, self.episodes + count
+        if end > len(self._log.worker):
+            self._log = EpisodeLog(*(_with_room(column, 2 * end) for column in self._log))
+        row = (worker, returns, lengths, self.environment_steps, seconds)
+        for column, values in zip(self._log, row, strict=True):
+            column[begin:end] = values
+        self.episodes = end
         self._recent.extend(returns.tolist())
         self._update_mean_return()
 
@@ -143,17 +142,16 @@ class Counters:
         """The episodes since the last call."""
         begin, end = self._reported, self.episodes
         self._reported = end
-        return self._log(slice(begin, end))
+        return EpisodeLog(*(column[begin:end].copy() for column in self._log))
 
     def log(self) -> EpisodeLog:
         """A copy of the log of episodes so far."""
-        return self._log(slice(self.episodes))
+        end = self.episodes
+        return EpisodeLog(*(column[:end].copy() for column in self._log))
 
-    def _log(self, which: slice) -> EpisodeLog:
-        dtypes = (np.int32, np.float64, np.int32, np.int64, np.float64)
-        return EpisodeLog(
-            *(np.array(c[which], d) for c, d in zip(self._columns, dtypes, strict=True))
-        )
+
+def _with_room(column: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([column, np.empty(size - len(column), column.dtype)])
 
 
 class Sink(Protocol):

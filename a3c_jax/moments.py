@@ -57,7 +57,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     share = b.number / jnp.maximum(number, 1.0)
     delta = b.mean - a.mean
     return Moments(
-        count, a.mean + share * delta, a.m2 + b.m2 + jnp.square(delta) * share * a.number
+        number, a.mean + share * delta, a.m2 + b.m2 + jnp.square(delta) * share * a.number
     )
 
 

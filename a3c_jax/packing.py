@@ -20,7 +20,7 @@ class Packing(Generic[Tree]):
     """Packs trees of one structure into vectors of 32-bit words, and back, bit for bit.
 
     Args:
-      example: a tree of arrays or `jax.ShapeDtypeStruct`s; typed PRNG keys must be real ones.
+      example: a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
       TypeError: where a leaf's elements are wider than 32 bits.
@@ -29,7 +29,12 @@ class Packing(Generic[Tree]):
     def __init__(self, example: Tree) -> None:
         self._treedef: Any
         leaves, self._treedef = jax.tree.flatten(example)
-        self._key_impls = [jax.random.key_impl(x) if _is_key(x) else None for x in leaves]
+        self._key_impls: list[Any] = []
+
+        def note_key_impls(leaves: list[Any]) -> None:  # of shapes, too, once they are traced
+            self._key_impls += [jax.random.key_impl(x) if _is_key(x) else None for x in leaves]
+
+        jax.eval_shape(note_key_impls, leaves)
         self._leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
         for leaf in self._leaves:
             if not _is_key(leaf) and leaf.dtype.itemsize > 4:

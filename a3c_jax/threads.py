@@ -90,7 +90,9 @@ class WorkerThreads:
     def run(self, on_tick: Callable[[], None] | None = None, interval: float = 0.5) -> None:
         """Runs the threads, once, until the budget is spent, `stop` is called, or one of them fails.
 
-        However it ends, by an exception of `on_tick` or Ctrl-C too, no thread is alive afterwards.
+        However it ends, by an exception of `on_tick` or Ctrl-C too, no thread is alive afterwards. Only a
+        second Ctrl-C does not wait for the segments being played; their threads end with them, or with the
+        process.
 
         Args:
           on_tick: called from this thread every `interval` seconds.
@@ -104,7 +106,9 @@ class WorkerThreads:
         if self._finished.is_set():
             raise RuntimeError("these WorkerThreads have run already; make new ones.")
         threads = [
-            threading.Thread(target=self._work, args=(worker,), name=f"a3c-worker-{worker}")
+            threading.Thread(
+                target=self._work, args=(worker,), name=f"a3c-worker-{worker}", daemon=True
+            )
             for worker in range(len(self.states))
         ]
         started = []

@@ -28,7 +28,7 @@ from a3c_jax.parameters import (
     StoreState,
 )
 from a3c_jax.threads import WorkerError, WorkerThreads
-from a3c_jax.worker import PackedWorkerStep
+from a3c_jax.worker import PackedWorkerStep, Record
 
 
 class TrainResult(NamedTuple):
@@ -148,17 +148,18 @@ def _train(
     resume: Checkpoint | None,
 ) -> TrainResult:
     run = _Run(config, environment, network, resume)
-    remaining = None if config.max_updates is None else config.max_updates - run.version
+    limit = config.max_updates
+    remaining = None if limit is None else max(0, limit - run.version)
     if run.stop_reason is not None:
         remaining = 0
 
-    def on_commit(worker: int, snapshot: Snapshot, staleness: int, report: np.ndarray) -> None:
-        run.record(worker, snapshot, staleness, report)
+    def on_commit(worker: int, snapshot: Snapshot, staleness: int, record: Record) -> None:
+        run.record(worker, snapshot, staleness, record)
         if run.stop_reason is not None:
             threads.stop()
 
     threads = WorkerThreads(
-        run.step, run.store, run.states, on_commit=on_commit, max_updates=remaining
+        run.step.play, run.store, run.states, on_commit=on_commit, max_updates=remaining
     )
     run.states = threads.states  # from here on the threads keep them
 
@@ -199,10 +200,7 @@ def _train(
             raise TrainingInterrupted(run.result(), *error.args[:1] or (2,)) from None
         if isinstance(error, WorkerError):
             error.result = run.result()
-            if isinstance(error.__cause__, NonFiniteError):
-                metrics = run.step.metrics(error.record)
-                bad = [name for name, value in metrics.items() if not np.isfinite(value)]
-                error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
+            run.blame(error)
         raise
     run.finish(run.stop_reason or "max_steps")
     save()
@@ -244,21 +242,14 @@ def replay(
       What `train` returned, but for the times.
 
     Raises:
-      ValueError: where the schedule names a worker or a version that there cannot be.
+      ValueError: where the schedule names a worker or a version that there cannot be, or `until` is negative.
       WorkerError: where the run failed, at the same update.
     """
+    if until is not None and until < 0:
+        raise ValueError(f"until must be >= 0, got {until}; use None for all updates.")
+    schedule.check(config.num_workers)
     workers, pulled_versions = (np.asarray(column)[:until] for column in schedule)
     count = np.arange(len(workers))
-    if not np.all((workers >= 0) & (workers < config.num_workers)):
-        raise ValueError(
-            f"schedule.worker must lie in [0, {config.num_workers - 1}], got {workers.min()} to "
-            f"{workers.max()}; give the configuration of the run that made it."
-        )
-    if not np.all((pulled_versions >= 0) & (pulled_versions <= count)):
-        raise ValueError(
-            "schedule.pulled_version must name a version that exists when the update is made: row k at "
-            "most k; give the schedule from the run's first update on."
-        )
     run = _Run(config, environment, network, None)
     last_use = dict(zip(pulled_versions.tolist(), count.tolist(), strict=True))
     versions = {0: run.store.pull().params}
@@ -266,14 +257,19 @@ def replay(
     for k, (worker, pulled) in enumerate(
         zip(workers.tolist(), pulled_versions.tolist(), strict=True)
     ):
-        gradients, state, report = run.step(versions[pulled], run.states[worker])
+        gradients, state, record = run.step.play(versions[pulled], run.states[worker])
         try:
             run.store.apply(gradients, pulled, worker)
         except NonFiniteError as error:
-            raise WorkerError(worker, error, pulled, report) from error
+            failure = WorkerError(worker, error, pulled, record)
+            failure.__cause__ = error
+            run.blame(failure)
+            run.finish("failed")
+            failure.result = run.result()
+            raise failure from error
         run.states[worker] = state
         snapshot = run.store.pull()
-        run.record(worker, snapshot, k - pulled, report)
+        run.record(worker, snapshot, k - pulled, record)
         versions[k + 1] = snapshot.params
         for version in {pulled, k + 1}:
             if last_use.get(version, -1) <= k:
@@ -284,7 +280,7 @@ def replay(
                 k,
                 Snapshot(tree(snapshot.params), snapshot.version),
                 tree(gradients),
-                run.step.metrics(report),
+                run.step.metrics(record.report),
             )
     run.finish("replayed")
     return run.result()
@@ -323,7 +319,7 @@ class _Run:
         if resume is not None:
             self._restore(resume)
         gradients, _, _ = self.step(self.store.pull().params, self.states[0])  # compiles
-        self.store.compile(gradients)
+        self.store.compile(gradients, fused=not self.step.fused)
         self._clock.lap("compile")
 
     @property
@@ -333,22 +329,29 @@ class _Run:
     def start_clock(self) -> None:
         self.counters.start_clock(self._seconds)
 
-    def record(self, worker: int, snapshot: Snapshot, staleness: int, report: np.ndarray) -> None:
+    def record(self, worker: int, snapshot: Snapshot, staleness: int, record: Record) -> None:
         """Counts an update, and decides whether it was the last. Called under the store's lock."""
-        returns, lengths = self.step.episodes(report)
+        report, returns, lengths = record
         self.counters.record(worker, staleness, lambda: self.step.metrics(report), returns, lengths)
-        if returns.size and self.stop_reason is None:
+        if returns.size:
             self._judge(snapshot.params)
 
     def _judge(self, params: Any) -> None:
         config, mean_return = self.config, self.counters.mean_return
-        if mean_return is not None:
+        if mean_return is not None and not np.isnan(mean_return):
             if self._best[0] is None or mean_return > self._best[0]:
                 self._best = (mean_return, params)
             if config.solved_return is not None and mean_return >= config.solved_return:
-                self.stop_reason = "solved"
+                self.stop_reason = self.stop_reason or "solved"
         if config.max_episodes is not None and self.counters.episodes >= config.max_episodes:
             self.stop_reason = self.stop_reason or "max_episodes"
+
+    def blame(self, error: WorkerError) -> None:
+        """Adds to the error of an update that is not finite what went bad in its segment."""
+        if isinstance(error.__cause__, NonFiniteError):
+            metrics = self.step.metrics(error.record.report)
+            bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+            error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
 
     def finish(self, stop_reason: str) -> None:
         """Stops the clock."""

@@ -186,7 +186,9 @@ class PackedWorkerStep:
         flat_params = self.flatten(params)
         work = statistics.episodes.ended.size * flat_params.size
         self._step: Callable[[Array, Array], tuple[Array, Array, Array]] = jax.jit(step)
-        if work <= kernels.MAX_WORK:
+        self.fused = work <= kernels.MAX_WORK
+        """Whether it was compiled into a single kernel, as far as XLA can."""
+        if self.fused:
             self._step = kernels.compile_fused(step, flat_params, self.pack_state(state))
 
     @staticmethod
@@ -204,6 +206,11 @@ class PackedWorkerStep:
         gradients, packed_state, report = self._step(flat_params, packed_state)
         return gradients, packed_state, np.asarray(report)  # waits: a call's results come together
 
+    def play(self, flat_params: Array, packed_state: Array) -> tuple[Array, Array, "Record"]:
+        """The same, with what every update has to count read from the report: before the lock is taken."""
+        gradients, packed_state, report = self(flat_params, packed_state)
+        return gradients, packed_state, Record(report, *self.episodes(report))
+
     def metrics(self, report: np.ndarray) -> dict[str, float]:
         """The metrics of a report, by name."""
         values = self._report.unpack_on_host(report).metrics.tolist()
@@ -215,6 +222,20 @@ class PackedWorkerStep:
             return _NO_EPISODES
         episodes = self._report.unpack_on_host(report).episodes
         return episodes.episode_return[episodes.ended], episodes.length[episodes.ended]
+
+
+class Record(NamedTuple):
+    """A report, and the episodes that it holds.
+
+    Attributes:
+      report: for `PackedWorkerStep.metrics`.
+      returns: `[E]` float32.
+      lengths: `[E]` int32.
+    """
+
+    report: np.ndarray
+    returns: np.ndarray
+    lengths: np.ndarray
 
 
 _NO_EPISODES = np.zeros(0, np.float32), np.zeros(0, np.int32)

@@ -6,6 +6,7 @@ must be the run's, bit for bit. For a run that failed, it goes on to the very up
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def main() -> None:
     from a3c_jax import training  # noqa: F401 (first, since it sets how JAX runs)
     from a3c_jax.checkpoints import CheckpointError, find, library_versions
 
+    if arguments.until is not None and arguments.until < 1:
+        print(f"error: until must be >= 1, got {arguments.until}; use 1 or more.", file=sys.stderr)
+        raise SystemExit(2)
     try:
         checkpoint = find(arguments.run)
     except CheckpointError as error:
@@ -40,50 +44,78 @@ def main() -> None:
             f"note: the run was made by {checkpoint.versions}, this is {library_versions()}: "
             "the last bits may differ"
         )
-    schedule, failure = checkpoint.schedule, arguments.run / "failure.json"
-    if failure.exists() and arguments.until is None:
+    if arguments.until is not None:
+        _show_update(checkpoint, arguments.until)
+        return
+    failure = arguments.run / "failure.json"
+    if failure.exists():
         failed = json.loads(failure.read_text(encoding="utf-8"))
-        schedule = type(schedule)(
-            np.append(schedule.worker, np.int32(failed["worker"])),
-            np.append(schedule.pulled_version, failed["pulled_version"]),
-        )
-    _replay(checkpoint, schedule, arguments.until)
+        if _fails_again(checkpoint, failed):
+            return
+        print("the update that failed does not fail when it is played again; up to it:")
+    _compare(checkpoint, _replay(checkpoint, checkpoint.schedule))
 
 
-def _replay(checkpoint: Any, schedule: Any, until: int | None) -> None:
+def _replay(checkpoint: Any, schedule: Any, **options: Any) -> Any:
     from tqdm import tqdm
 
     from a3c_jax import training
-    from a3c_jax.threads import WorkerError
 
-    total = len(schedule.worker) if until is None else until
-    last: dict[str, float] = {}
+    on_update = options.pop("on_update", None)
+    total = len(schedule.worker[: options.get("until")])
     with tqdm(total=total, unit=" updates") as bar:
 
-        def on_update(k: int, snapshot: Any, gradients: Any, metrics: dict[str, float]) -> None:
-            last.update(metrics)
+        def update(k: int, *seen: Any) -> None:
             bar.update()
+            if on_update is not None:
+                on_update(k, *seen)
 
-        try:
-            result = training.replay(checkpoint.config, schedule, until=until, on_update=on_update)
-        except WorkerError as error:
-            bar.close()
-            print(f"update {bar.n:,} fails as it did in the run: {error}")
-            return
-    if until is not None:
-        print(f"update {result.version - 1:,}, by worker {schedule.worker[result.version - 1]}:")
-        for name, value in last.items():
-            print(f"  {name:20} {value:.6g}")
-        return
+        return training.replay(checkpoint.config, schedule, on_update=update, **options)
+
+
+def _show_update(checkpoint: Any, until: int) -> None:
+    last: dict[str, float] = {}
+    result = _replay(
+        checkpoint,
+        checkpoint.schedule,
+        until=until,
+        on_update=lambda k, snapshot, gradients, metrics: last.update(metrics),
+    )
+    print(f"update {result.version - 1:,}, by worker {result.schedule.worker[-1]}:")
+    for name, value in last.items():
+        print(f"  {name:20} {value:.6g}")
+
+
+def _fails_again(checkpoint: Any, failed: dict[str, Any]) -> bool:
+    """Plays the update that failed too; whether it fails again."""
+    from a3c_jax.threads import WorkerError
+
+    schedule = checkpoint.schedule._replace(
+        worker=np.append(checkpoint.schedule.worker, np.int32(failed["worker"])),
+        pulled_version=np.append(checkpoint.schedule.pulled_version, failed["pulled_version"]),
+    )
+    try:
+        _replay(checkpoint, schedule)
+    except WorkerError as error:
+        _compare(checkpoint, error.result)
+        # Others may have made a few more updates in the run, before they saw that it had failed.
+        ran, replayed = (re.sub(r"of version \d+ ", "", x) for x in (failed["error"], str(error)))
+        as_it_did = "as it did in the run" if ran == replayed else "in another way"
+        print(f"update {error.result.version:,} fails {as_it_did}: {error}")
+        return True
+    return False
+
+
+def _compare(checkpoint: Any, result: Any) -> None:
+    """Says identical, or shows the first difference and exits with 1."""
     difference = first_difference(checkpoint, result)
-    if difference is None:
-        print(
-            f"identical: parameters, best parameters, optimizer state and all {len(result.episodes.length):,} "
-            f"episodes of {result.version:,} updates by {checkpoint.config.num_workers} workers"
-        )
-        return
-    print(f"different: {difference}")
-    raise SystemExit(1)
+    if difference is not None:
+        print(f"different: {difference}")
+        raise SystemExit(1)
+    print(
+        f"identical: parameters, best parameters, optimizer state and all {len(result.episodes.length):,} "
+        f"episodes of {result.version:,} updates by {checkpoint.config.num_workers} workers"
+    )
 
 
 def first_difference(checkpoint: Any, result: Any) -> str | None:
@@ -95,7 +127,7 @@ def first_difference(checkpoint: Any, result: Any) -> str | None:
     for name in ("worker", "episode_return", "length", "environment_steps"):
         ran, replayed = getattr(checkpoint.episodes, name), getattr(result.episodes, name)
         count = min(len(ran), len(replayed))
-        if not np.array_equal(ran[:count], replayed[:count]):
+        if ran[:count].tobytes() != replayed[:count].tobytes():
             i = int(np.argmax(ran[:count] != replayed[:count]))
             update = checkpoint.episodes.environment_steps[i] // checkpoint.config.steps_per_update
             return (

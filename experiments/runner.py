@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +85,7 @@ def main(
     try:
         parsed = parse(defaults)
         from a3c_jax import environments  # after the command line: --help answers at once
-        from a3c_jax.checkpoints import CheckpointError, CheckpointFolder, check_same_run, find
+        from a3c_jax.checkpoints import CheckpointFolder, check_same_run, find
 
         config, options, checkpoint = parsed.config, parsed.options, None
         if options.resume is not None:
@@ -101,7 +103,7 @@ def main(
             every_updates=options.checkpoint_updates,
             keep=options.keep_checkpoints,
         )
-    except (ValueError, TypeError, OSError, CheckpointError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     _run(config, options, environment, run_dir, checkpoints, checkpoint, sinks, plot_options)
@@ -141,7 +143,12 @@ def _run(
     except training.TrainingInterrupted as interruption:
         _print_training(interruption.result, steps_before)
         print(f"run folder: {run_dir}\ngo on with: python -m {_module()} --resume {run_dir}")
-        raise SystemExit(128 + interruption.signal) from None
+        code = 128 + interruption.signal
+        if any(thread.name.startswith("a3c-worker") for thread in threading.enumerate()):
+            # A second Ctrl-C: JAX must not be taken down under threads that are still inside it.
+            sys.stdout.flush()
+            os._exit(code)
+        raise SystemExit(code) from None
     except WorkerError as error:
         failure = {
             "error": str(error),

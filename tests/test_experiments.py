@@ -13,6 +13,7 @@ import pytest
 from flax import serialization
 
 import a3c_jax
+from a3c_jax.checkpoints import find
 from experiments.plotting import running_mean
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,10 @@ def test_cartpole_leaves_everything_in_its_run_folder(tmp_path):
         "episodes.npz",
         "summary.json",
         "learning_curve.png",
+        "checkpoints",
     }
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert saved == ["000000000000.checkpoint", "000000000016.checkpoint"]  # 2,000 steps of 128
     config = a3c_jax.A3CConfig(**json.loads((folder / "config.json").read_text()))
     assert (config.seed, config.max_steps, config.solved_return) == (7, 2000, 475.0)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -132,8 +136,11 @@ def test_ctrl_c_keeps_what_was_learnt(tmp_path):
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "stopped by interrupted" in output
-    assert (folder / "final.msgpack").exists()
+    assert f"go on with: python -m experiments.cartpole --resume {folder}" in output
     assert "Traceback" not in errors
+    learnt = find(folder)
+    assert f"after {learnt.environment_steps:,} steps" in output
+    assert learnt.version > 0
 
 
 def test_the_running_mean_is_that_of_the_last_values():

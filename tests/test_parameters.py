@@ -409,3 +409,134 @@ def test_a_worker_that_the_store_does_not_know_is_refused():
     with pytest.raises(ValueError, match=r"worker must lie in \[0, 0\], got 1"):
         store.apply(jnp.ones(2), 0, 1)
     assert store.pull().version == 0
+
+
+# The optimizer's state. Between updates it is one vector of words; to read, it is optax's own tree.
+
+
+def optax_alone(optimizer, params, gradients, workers):
+    """Parameters and state after the same updates, without a store."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    @jax.jit
+    def update(gradient, state, params, worker):
+        updates, state = optimizer.update(gradient, state, params, worker=worker)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for gradient, worker in zip(gradients, workers, strict=True):
+        params, state = update(gradient, state, params, worker)
+    return params, state
+
+
+OPTIMIZERS = {name: lambda name=name: make_optimizer(
+    name, learning_rate=0.1, max_gradient_norm=0.5, anneal_over=9, num_workers=2
+) for name in ("adam", "momentum", "shared_rmsprop", "rmsprop")} | {
+    "sgd, which has no state": lambda: optax.sgd(0.1),
+    "chain": lambda: optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(optax.cosine_decay_schedule(0.1, 10), weight_decay=0.01),
+        optax.scale_by_schedule(optax.linear_schedule(1.0, 0.5, 5)),
+    ),
+    "counts and flags": lambda: optax.apply_if_finite(optax.adam(0.1, mu_dtype=jnp.bfloat16), 3),
+    "one for each part": lambda: optax.multi_transform(
+        {"a": optax.adam(0.1), "b": optax.sgd(0.1, momentum=0.9)},
+        {"dense": {"kernel": "a", "bias": "b"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_and_optimizer_state_are_those_that_optax_alone_would_give(name):
+    rng, workers = np.random.default_rng(1), [0, 1, 1, 0, 1]
+    gradients = [
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), TREE)
+        for _ in workers
+    ]
+    optimizer = OPTIMIZERS[name]()
+    store = SharedParameters(TREE, optimizer, 2)
+    chex.assert_trees_all_equal_structs(store.opt_state, optimizer.init(TREE))
+    chex.assert_trees_all_equal(store.opt_state, optimizer.init(TREE))
+    for n, (gradient, worker) in enumerate(zip(gradients, workers, strict=True)):
+        store.apply(gradient, n, worker)
+    params, state = optax_alone(optimizer, TREE, gradients, workers)
+    chex.assert_trees_all_equal_structs(store.opt_state, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(store.opt_state, state)
+    chex.assert_trees_all_close(store.opt_state, state, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(store.pull().params, params, rtol=1e-5, atol=1e-7)
+
+
+def test_an_optimizer_may_keep_a_random_key():
+    optimizer = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(3)), optax.sgd(0.1))
+    store = SharedParameters(jnp.zeros(4), optimizer)
+    store.apply(jnp.ones(4), 0)
+    store.apply(jnp.ones(4), 1)
+    params, state = optax_alone(optimizer, jnp.zeros(4), [jnp.ones(4)] * 2, [0, 0])
+    np.testing.assert_allclose(store.pull().params, params, rtol=1e-5)
+    key, expected = optax.tree.get(store.opt_state, "rng_key"), optax.tree.get(state, "rng_key")
+    assert jax.random.key_impl(key) == jax.random.key_impl(expected)
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))
+
+
+# A lock that is given.
+
+
+class WatchedLock:
+    """A lock that knows whether it is held, and how often it was taken."""
+
+    def __init__(self):
+        self.lock, self.held, self.times = threading.Lock(), False, 0
+
+    def __enter__(self):
+        self.lock.acquire()
+        self.held, self.times = True, self.times + 1
+
+    def __exit__(self, *_):
+        self.held = False
+        self.lock.release()
+
+
+def test_a_given_lock_is_the_one_held_during_the_update_and_the_commit():
+    lock, seen = WatchedLock(), []
+    store = SharedParameters(jnp.zeros(2), optax.sgd(1.0), lock=lock)
+    update = store._update
+
+    def watched_update(*arguments):
+        seen.append(("update", lock.held))
+        return update(*arguments)
+
+    store._update = watched_update
+    for n in range(2):
+        store.apply(jnp.ones(2), n, commit=lambda *_: seen.append(("commit", lock.held)))
+        assert not lock.held
+        assert lock.times == n + 1
+    assert seen == [("update", True), ("commit", True)] * 2
+    assert store.pull().version == 2
+    assert lock.times == 2  # to pull takes no lock
+
+
+def test_a_given_lock_is_released_by_what_goes_wrong_under_it():
+    lock = WatchedLock()
+    store = SharedParameters(jnp.zeros(2), optax.sgd(1.0), lock=lock)
+
+    def commit(snapshot, staleness):
+        assert lock.held
+        raise RuntimeError("from the commit")
+
+    with pytest.raises(RuntimeError, match="from the commit"):
+        store.apply(jnp.ones(2), 0, commit=commit)
+    with pytest.raises(ValueError, match="pulled_version"):
+        store.apply(jnp.ones(2), 100)
+    assert (lock.held, lock.times) == (False, 2)
+
+
+def test_stores_without_a_given_lock_each_have_their_own():
+    first, second = (SharedParameters(jnp.zeros(2), optax.sgd(1.0)) for _ in range(2))
+    versions = []
+
+    def commit(snapshot, staleness):
+        second.apply(jnp.ones(2), 0)  # would wait for ever, were there one lock for both
+        versions.append((snapshot.version, second.pull().version))
+
+    run_threads(lambda: first.apply(jnp.ones(2), 0, commit=commit))
+    assert versions == [(1, 1)]

@@ -1,0 +1,435 @@
+"""Checkpoints: a consistent cut, written whole or not at all, and nothing believed that was not checked."""
+
+import dataclasses
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_runs import (
+    WALK,
+    StopAt,
+    Walk,
+    assert_exact_counters,
+    cut_short,
+    replay,
+    shared_programs,  # noqa: F401
+    small,
+    train,
+    words,
+)
+
+from a3c_jax import A3CConfig, CheckpointError, CheckpointFolder, TrainingInterrupted, checkpoints
+from a3c_jax.checkpoints import check_same_run, find, load, save
+from a3c_jax.metrics import EpisodeLog
+from a3c_jax.parameters import Schedule
+from a3c_jax.worker import PackedWorkerStep
+
+
+def make_checkpoint(version=6, returns=(1.0, 2.0, 3.0, 4.0, 5.0), seed=0):
+    """A checkpoint of no run at all."""
+    rng, count = np.random.default_rng(seed), len(returns)
+    return checkpoints.Checkpoint(
+        config=small(num_workers=2),
+        params=rng.normal(size=7).astype(np.float32),
+        opt_state=rng.integers(2**32, size=9, dtype=np.uint32),
+        schedule=Schedule(
+            rng.integers(2, size=version).astype(np.int32), np.arange(version, dtype=np.int64)
+        ),
+        skipped=1,
+        states=rng.integers(2**32, size=(2, 5), dtype=np.uint32),
+        episodes=EpisodeLog(
+            np.arange(count, dtype=np.int32) % 2,
+            np.array(returns, np.float64),
+            np.full(count, 4, np.int32),
+            np.full(count, 8, np.int64),
+            np.linspace(0.0, 1.0, count),
+        ),
+        best_params=rng.normal(size=7).astype(np.float32),
+        best_mean_return=3.25,
+        seconds=1.5,
+        versions={"python": "3"},
+    )
+
+
+def assert_equal_checkpoints(a, b):
+    assert a.config == b.config
+    assert (a.skipped, repr(a.best_mean_return), a.seconds, a.versions) == (
+        b.skipped, repr(b.best_mean_return), b.seconds, b.versions,
+    )  # fmt: skip
+    for name in ("params", "opt_state", "schedule", "states", "episodes", "best_params"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert words(x) == words(y), name
+        if not isinstance(x, tuple):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def file_name(version):
+    return f"{version:012d}.checkpoint"
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    checkpoint = make_checkpoint()
+    save(tmp_path / "a.checkpoint", checkpoint)
+    assert_equal_checkpoints(load(tmp_path / "a.checkpoint"), checkpoint)
+    assert names(tmp_path) == ["a.checkpoint"]
+
+
+@pytest.mark.parametrize("best", [None, float("nan"), float("-inf"), 0.1 + 0.2])
+def test_any_mean_survives(tmp_path, best):
+    checkpoint = make_checkpoint(returns=(best or 0.0,) * 5)._replace(best_mean_return=best)
+    save(tmp_path / "a.checkpoint", checkpoint)
+    assert_equal_checkpoints(load(tmp_path / "a.checkpoint"), checkpoint)
+
+
+def test_a_run_before_its_first_update_survives(tmp_path):
+    checkpoint = make_checkpoint(version=0, returns=())._replace(best_mean_return=None)
+    save(tmp_path / "a.checkpoint", checkpoint)
+    again = load(tmp_path / "a.checkpoint")
+    assert_equal_checkpoints(again, checkpoint)
+    assert (again.version, again.environment_steps, again.mean_return) == (0, 0, None)
+
+
+def test_the_first_line_tells_a_reader_what_the_file_is(tmp_path):
+    save(tmp_path / "a.checkpoint", make_checkpoint())
+    header = json.loads((tmp_path / "a.checkpoint").read_bytes().partition(b"\n")[0])
+    assert (header["what"], header["format"]) == ("a3c_jax checkpoint", 1)
+    assert header["run"]["version"] == 6
+    assert header["run"]["mean_return"] == 3.0  # of 1 to 5
+    assert A3CConfig(**header["run"]["config"]) == small(num_workers=2)
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is_and_the_name_before_save_returns(
+    tmp_path, monkeypatch
+):
+    path, events, real = tmp_path / "a.checkpoint", [], (os.fsync, os.replace)
+
+    def fsync(descriptor):
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real[0](descriptor)
+
+    def replace(source, target):
+        size = os.stat(source).st_size
+        real[1](source, target)
+        events.append((str(target), size))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    save(path, make_checkpoint())
+    (written, renamed, folder) = events
+    assert written != str(path)
+    assert os.path.dirname(written) == str(tmp_path)  # a rename works within one file system only
+    assert renamed == (str(path), path.stat().st_size)
+    assert folder == str(tmp_path)
+
+
+def test_what_a_killed_process_left_is_no_checkpoint_and_goes_with_the_next_save(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(make_checkpoint(version=3))
+    whole = (tmp_path / file_name(3)).read_bytes()
+    (tmp_path / f".{file_name(4)}.12345.partial").write_bytes(whole[:-10])
+    assert find(tmp_path).version == 3
+    folder.save(make_checkpoint(version=5))
+    assert names(tmp_path) == [file_name(3), file_name(5)]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_and_the_best_are_kept(tmp_path, keep):
+    folder = CheckpointFolder(tmp_path, keep=keep)
+    for version, mean in enumerate([None, 1.0, 9.0, 9.0, 4.0, 5.0, 6.0, 7.0], start=1):
+        folder.save(make_checkpoint(version, () if mean is None else (mean,) * 5))
+    # The best twice: the later one counts.
+    kept = {1: [4, 8], 3: [4, 6, 7, 8]}[keep]
+    assert names(tmp_path) == [file_name(version) for version in kept]
+
+
+def test_a_damaged_file_is_never_taken_for_the_best(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(make_checkpoint(1, (99.0,) * 5))
+    (tmp_path / file_name(1)).write_bytes(b"not a checkpoint")
+    folder.save(make_checkpoint(2, (3.0,) * 5))
+    folder.save(make_checkpoint(3, (2.0,) * 5))
+    assert names(tmp_path) == [file_name(2), file_name(3)]
+
+
+def test_a_mean_that_is_no_number_is_never_the_best(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    for version, mean in enumerate([float("nan"), 5.0, 3.0, float("nan"), 2.0], start=1):
+        folder.save(make_checkpoint(version, (mean,) * 5))
+    assert names(tmp_path) == [file_name(2), file_name(5)]
+
+
+def test_a_save_is_due_by_time_or_by_updates_or_never(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+    by_time = CheckpointFolder(tmp_path, every_seconds=30.0)
+    by_updates = CheckpointFolder(tmp_path, every_seconds=None, every_updates=10)
+    never = CheckpointFolder(tmp_path, every_seconds=None)
+    assert not by_time.due(10**6)
+    assert [by_updates.due(version) for version in (0, 9, 10)] == [False, False, True]
+    now[0] += 29.9
+    assert not by_time.due(0)
+    now[0] += 0.2
+    assert by_time.due(0)
+    for folder in (by_time, by_updates):
+        folder.save(make_checkpoint(version=10))
+    assert not by_time.due(11)
+    assert [by_updates.due(version) for version in (19, 20)] == [False, True]
+    now[0] += 1e9
+    assert not never.due(10**9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_seconds": 0.0}, "every_seconds must be > 0, got 0.0; use None"),
+        ({"every_seconds": float("nan")}, "every_seconds must be > 0, got nan"),
+        ({"every_updates": -1}, "every_updates must be > 0, got -1; use None"),
+        ({"keep": 0}, "keep must be >= 1, got 0; use 1"),
+    ],
+)
+def test_a_folder_of_nonsense_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CheckpointFolder(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+# What a reader refuses.
+
+
+def truncate(content):
+    return content[:-10]
+
+
+def flip(content):
+    middle = len(content) * 3 // 4
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def change_the_run(content):
+    return content.replace(b'"skipped": 1', b'"skipped": 0', 1)
+
+
+def newer(content):
+    return content.replace(b'"format": 1', b'"format": 2', 1)
+
+
+def no_format(content):
+    return content.replace(b'"format": 1', b'"format": true', 1)
+
+
+DAMAGE = [
+    (truncate, "is damaged: its checksum does not match"),
+    (flip, "is damaged: its checksum does not match"),
+    (lambda content: content + b"\0", "is damaged: its checksum does not match"),
+    (change_the_run, "is damaged: its checksum does not match"),
+    (lambda content: content[:40], "first line is damaged"),
+    (lambda content: b"", "is no a3c_jax checkpoint"),
+    (lambda content: b"\0" * len(content), "is no a3c_jax checkpoint"),
+    (lambda content: b"\x93NUMPY\x01\x00v\x00", "is no a3c_jax checkpoint"),
+    (lambda content: b"[1, 2]\n", "is no a3c_jax checkpoint"),
+    (lambda content: b"[" * 60_000 + b"\n", "is no a3c_jax checkpoint"),
+    (newer, r"has format 2, but this version of a3c_jax reads up to 1; use the version that wrote"),
+    (no_format, "its first line is not complete"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
+def test_a_damaged_file_is_refused_and_the_good_one_before_it_named(tmp_path, damage, message):
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoints", keep=3)
+    for version in (1, 2, 3):
+        folder.save(make_checkpoint(version))
+    newest = folder.path / file_name(3)
+    newest.write_bytes(damage(newest.read_bytes()))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(newest)
+    assert str(newest) in str(caught.value)
+    before = folder.path / file_name(2)
+    for path in (tmp_path / "run", folder.path):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            find(path)
+        assert f"The one before it, {before}, is good (update 2)" in str(caught.value)
+    assert find(before).version == 2
+
+
+def test_the_good_one_may_be_further_back_or_there_may_be_none(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for version in (1, 2, 3):
+        folder.save(make_checkpoint(version))
+    for version in (2, 3):
+        (tmp_path / file_name(version)).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"{file_name(3)}.*{file_name(1)}, is good"):
+        find(tmp_path)
+    (tmp_path / file_name(1)).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=file_name(3)) as caught:
+        find(tmp_path)
+    assert "is good" not in str(caught.value)
+
+
+def test_a_folder_without_a_checkpoint_and_a_file_that_is_not_there_are_errors(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            find(path)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load(path)
+
+
+# Which runs may go on from which.
+
+OTHER_VALUES = {
+    "environment": "Acrobot-v1",
+    "seed": 4,
+    "num_workers": 2,
+    "envs_per_worker": 3,
+    "t_max": 5,
+    "discount": 0.5,
+    "critic_cost": 0.1,
+    "entropy_cost": 0.1,
+    "terminal_reward": -1.0,
+    "optimizer": "momentum",
+    "learning_rate": 0.5,
+    "learning_rate_schedule": "linear",
+    "adam_epsilon": 0.5,
+    "momentum": 0.5,
+    "rmsprop_decay": 0.5,
+    "rmsprop_epsilon": 0.5,
+    "max_gradient_norm": None,
+    "nonfinite": "skip",
+    "hidden_sizes": (9,),
+    "activation": "relu",
+    "shared_torso": True,
+    "solved_window": 6,
+}
+BUDGETS = {"max_steps": 1_000, "max_episodes": 5, "solved_return": 1.0}
+
+
+def test_the_fields_below_are_all_there_are():
+    fields = {field.name for field in dataclasses.fields(A3CConfig)}
+    assert fields == OTHER_VALUES.keys() | BUDGETS.keys()
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_a_run_does_not_go_on_with_another_value_and_the_field_is_named(name):
+    with pytest.raises(ValueError, match=rf"A3CConfig\.{name} must be the checkpoint's"):
+        check_same_run(small(), small(**{name: OTHER_VALUES[name]}))
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_run_may_go_on_with_another_budget(name):
+    check_same_run(small(), small(**{name: BUDGETS[name]}))
+
+
+def test_the_steps_may_not_change_where_the_learning_rate_depends_on_them():
+    linear = small(learning_rate_schedule="linear")
+    check_same_run(linear, dataclasses.replace(linear, solved_return=1.0))
+    with pytest.raises(ValueError, match=r"A3CConfig\.max_steps must be .* only max_episodes, "):
+        check_same_run(linear, dataclasses.replace(linear, max_steps=1_000))
+
+
+def test_train_refuses_another_configuration_before_anything_else(tmp_path):
+    checkpoint = cut_short(small(), 3, tmp_path)
+    with pytest.raises(ValueError, match=r"A3CConfig\.seed must be the checkpoint's 3"):
+        train(small(seed=5), resume=checkpoint)
+
+
+def test_train_refuses_a_checkpoint_of_another_environment_or_network(tmp_path):
+    class Wider(Walk):
+        observation_shape = (4,)
+
+        def _observe(self, state):
+            return jnp.pad(super()._observe(state), ((0, 0), (0, 1)))
+
+    checkpoint = cut_short(small(), 3, tmp_path)
+    with pytest.raises(CheckpointError, match=r"params are float32\[\d+\], but this run needs"):
+        train(small(), Wider(), resume=checkpoint)
+    for name in ("opt_state", "states"):
+        short = checkpoint._replace(**{name: getattr(checkpoint, name)[..., :-1]})
+        with pytest.raises(CheckpointError, match=f"the checkpoint's {name} are uint32"):
+            train(small(), resume=short)
+
+
+# What `train` saves.
+
+
+def test_a_run_saves_its_start_and_its_end(tmp_path):
+    result = train(small(), checkpoints=CheckpointFolder(tmp_path))
+    assert names(tmp_path) == [file_name(0), file_name(50)]
+    start, end = (load(tmp_path / file_name(version)) for version in (0, 50))
+    assert start.version == len(start.episodes.length) == 0
+    assert words(start.params) != words(end.params)
+    assert words(end.params) == words(PackedWorkerStep.flatten(result.params))
+    assert words(end.best_params) == words(PackedWorkerStep.flatten(result.best_params))
+    assert words(end.episodes) == words(result.episodes)
+    assert words(end.schedule) == words(result.schedule)
+    assert end.best_mean_return == result.best_mean_return
+    assert end.config == result.config == small()
+    assert_exact_counters(end)
+
+
+class KeepAll(CheckpointFolder):
+    """Keeps all it is given, as often as it can."""
+
+    def __init__(self, path):
+        super().__init__(path, every_seconds=None, every_updates=1, keep=10**6)
+
+
+class StopsAfter(StopAt):
+    """Stops the run when there are so many checkpoints."""
+
+    def __init__(self, path, count):
+        super().__init__(0)
+        self.path, self.count = path, count
+
+    def write(self, row, episodes):
+        if len(list(self.path.iterdir())) >= self.count:
+            super().write(row, episodes)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_every_checkpoint_of_a_run_is_one_moment_between_two_updates(
+    tmp_path, num_workers, optimizer
+):
+    config = small(num_workers=num_workers, optimizer=optimizer, max_steps=None, max_episodes=10**9)
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(
+            config, checkpoints=KeepAll(tmp_path), sinks=[StopsAfter(tmp_path, 6)], interval=0.003
+        )
+    result, paths = caught.value.result, sorted(tmp_path.iterdir())
+    saved = [load(path) for path in paths[:: max(1, len(paths) // 6)]]
+    for checkpoint in saved:
+        assert_exact_counters(checkpoint)
+        for name in ("worker", "pulled_version"):
+            np.testing.assert_array_equal(
+                getattr(checkpoint.schedule, name),
+                getattr(result.schedule, name)[: checkpoint.version],
+            )
+    # Parameters, optimizer and best belong to that very version: as one thread gets there.
+    by_version = {checkpoint.version: checkpoint for checkpoint in saved}
+    for version in sorted(by_version)[1:-1:2]:
+        again, checkpoint = replay(config, result.schedule, until=version), by_version[version]
+        assert words(PackedWorkerStep.flatten(again.params)) == words(checkpoint.params)
+        assert words(PackedWorkerStep.flatten(again.best_params)) == words(checkpoint.best_params)
+        assert again.episodes.length.tolist() == checkpoint.episodes.length.tolist()
+        state = np.concatenate(
+            [np.ravel(x).view(np.uint32) for x in map(np.asarray, jax.tree.leaves(again.opt_state))]
+        )
+        np.testing.assert_array_equal(state, checkpoint.opt_state[: len(state)])
+
+
+def test_the_clock_goes_on_where_it_was(tmp_path):
+    first = cut_short(small(), 20, tmp_path)
+    before = first._replace(seconds=1000.0)
+    train(small(), WALK, resume=before, checkpoints=CheckpointFolder(tmp_path))
+    after = find(tmp_path)
+    assert 1000.0 < after.seconds < 1100.0
+    new = after.episodes.seconds[len(first.episodes.seconds) :]
+    assert len(new)
+    assert (new > 1000.0).all()

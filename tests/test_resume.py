@@ -1,0 +1,438 @@
+"""Going on: an interrupted run is the run it would have been, wherever and however it was stopped."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import (
+    OPTIMIZERS,
+    StopAt,
+    assert_equal_runs,
+    assert_exact_counters,
+    cut_short,
+    replay,
+    shared_programs,  # noqa: F401
+    small,
+    train,
+    words,
+)
+
+from a3c_jax import CheckpointFolder, TrainingInterrupted, WorkerError
+from a3c_jax.checkpoints import find, load
+from a3c_jax.worker import PackedWorkerStep
+
+ROOT = Path(__file__).parent.parent
+
+LINEAR = {"learning_rate_schedule": "linear", "learning_rate": 0.05}
+
+
+# One worker: bit for bit.
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_worker_goes_on_bit_for_bit_from_anywhere(tmp_path, optimizer, schedule):
+    config = small(optimizer=optimizer, **LINEAR | {"learning_rate_schedule": schedule})
+    whole = train(config)
+    assert whole.version == 50
+    for updates in (0, 1, 24, 49, 50):
+        checkpoint = cut_short(config, updates, tmp_path / str(updates))
+        assert checkpoint.version == updates
+        assert_equal_runs(train(config, resume=checkpoint), whole)
+
+
+def test_one_worker_may_be_interrupted_again_and_again(tmp_path):
+    config = small(**LINEAR)
+    checkpoint = None
+    for updates in (7, 1, 0, 13):
+        checkpoint = cut_short(config, updates, tmp_path, resume=checkpoint)
+    assert checkpoint.version == 21
+    assert_equal_runs(train(config, resume=checkpoint), train(config))
+
+
+def test_a_longer_budget_goes_on_to_what_the_longer_run_would_have_been(tmp_path):
+    train(small(max_steps=160), checkpoints=CheckpointFolder(tmp_path))
+    assert_equal_runs(train(small(), resume=find(tmp_path)), train(small()))
+
+
+def test_the_running_mean_goes_on_over_the_episodes_of_before_which_no_sink_sees_again(tmp_path):
+    class Last(StopAt):
+        def write(self, row, episodes):
+            self.row = row
+            self.seen = [*getattr(self, "seen", []), *episodes.length]
+
+    config = small(solved_window=30)
+    checkpoint = cut_short(config, 40, tmp_path)
+    assert len(checkpoint.episodes.length) >= 30
+    sink = Last(None)
+    result = train(config, resume=checkpoint, sinks=[sink])
+    returns = result.episodes.episode_return
+    assert 0 < len(returns) - len(checkpoint.episodes.length) < 30
+    np.testing.assert_allclose(sink.row["mean_return"], returns[-30:].mean())
+    # And a sink is told of the new ones alone.
+    assert sink.seen == result.episodes.length[len(checkpoint.episodes.length) :].tolist()
+    assert sink.row["episodes"] == len(returns)
+
+
+ENDLESS = {"max_steps": None, "max_episodes": 10**9}
+
+
+def test_one_worker_that_ctrl_c_stops_goes_on_bit_for_bit(tmp_path):
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(
+            small(**ENDLESS),
+            checkpoints=CheckpointFolder(tmp_path),
+            sinks=[StopAt(update=100)],
+            interval=0.001,
+        )
+    checkpoint = find(tmp_path)
+    assert 100 <= checkpoint.version == caught.value.result.version
+    config = small(max_steps=8 * (checkpoint.version + 100))
+    assert_equal_runs(train(config, resume=checkpoint), train(config))
+
+
+def test_the_running_episodes_go_on_and_are_not_begun_anew(tmp_path):
+    # Cut in the middle of episodes: the next to end are longer than what was played since.
+    config = small()
+    checkpoint = cut_short(config, 11, tmp_path)
+    assert_exact_counters(checkpoint)
+    result = train(config, resume=checkpoint)
+    count = len(checkpoint.episodes.length)
+    assert words([c[:count] for c in result.episodes]) == words(list(checkpoint.episodes))
+    whole = train(config)
+    assert result.episodes.length.tolist() == whole.episodes.length.tolist()
+
+
+# Several workers: exact counters, and a replay of the whole.
+
+
+@pytest.mark.parametrize("num_workers", [2, 5])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_several_workers_go_on_and_count_exactly(tmp_path, optimizer, num_workers):
+    config = small(num_workers=num_workers, optimizer=optimizer, max_steps=2_000, **LINEAR)
+    checkpoint = None
+    for updates in (1, 60, 90):
+        checkpoint = cut_short(config, updates, tmp_path, resume=checkpoint)
+        assert_exact_counters(checkpoint)
+    assert checkpoint.version == 151
+    result = train(config, resume=checkpoint, checkpoints=CheckpointFolder(tmp_path))
+    assert result.version == 250
+    assert_exact_counters(find(tmp_path))
+    assert words([c[:151] for c in result.schedule]) == words(list(checkpoint.schedule))
+    assert_equal_runs(replay(config, result.schedule), result)
+
+
+def test_what_others_were_playing_when_a_process_was_killed_is_played_again(tmp_path):
+    # A checkpoint of a running run, as a killed process leaves it: the segments being played are lost,
+    # and counted once all the same.
+    class First(CheckpointFolder):
+        def due(self, version):
+            return version >= 20 and not (self.path / "kept").exists()
+
+        def save(self, checkpoint):
+            path = super().save(checkpoint)
+            if checkpoint.version >= 20 and not (self.path / "kept").exists():
+                path.rename(self.path / "kept")
+            return path
+
+    class WhenSaved(StopAt):
+        def write(self, row, episodes):
+            if (tmp_path / "kept").exists():
+                super().write(row, episodes)
+
+    config = small(num_workers=4, **ENDLESS)
+    folder = First(tmp_path)
+    with pytest.raises(TrainingInterrupted):
+        train(config, checkpoints=folder, sinks=[WhenSaved(0)], interval=0.001)
+    checkpoint = load(tmp_path / "kept")
+    assert checkpoint.version < find(tmp_path).version
+    config = small(num_workers=4, max_steps=8 * (checkpoint.version + 100))
+    result = train(config, resume=checkpoint, checkpoints=CheckpointFolder(tmp_path / "new"))
+    assert_exact_counters(find(tmp_path / "new"))
+    assert_equal_runs(replay(config, result.schedule), result)
+
+
+# Budgets.
+
+
+class Endless:
+    """A sink that ends a run that goes on beyond an update."""
+
+    def __init__(self, update):
+        self.update = update
+
+    def write(self, row, episodes):
+        assert row["updates"] <= self.update, "the run goes on beyond its budget"
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("max_steps", [8, 392, 400])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_run_that_is_beyond_its_budget_already_makes_no_update(tmp_path, max_steps, num_workers):
+    whole = train(small(num_workers=num_workers), checkpoints=CheckpointFolder(tmp_path))
+    config = small(num_workers=num_workers, max_steps=max_steps)
+    result = train(config, resume=find(tmp_path), sinks=[Endless(50)], interval=0.01)
+    assert result.stop_reason == "max_steps"
+    assert result.version == 50
+    assert words(result.params) == words(whole.params)
+
+
+def test_a_run_that_is_solved_or_out_of_episodes_already_makes_no_update(tmp_path):
+    whole = train(small(), checkpoints=CheckpointFolder(tmp_path))
+    for budget, reason in (
+        ({"max_episodes": 3}, "max_episodes"),
+        ({"solved_return": -100.0}, "solved"),
+    ):
+        config = small(max_steps=100_000, **budget)
+        result = train(config, resume=find(tmp_path))
+        assert (result.version, result.stop_reason) == (50, reason)
+        assert words(result.params) == words(whole.params)
+
+
+def test_the_best_stays_the_best_when_a_run_goes_on(tmp_path):
+    first = cut_short(small(max_steps=4_000), 100, tmp_path)
+    high = first._replace(best_mean_return=1e6, best_params=first.best_params + 1)
+    result = train(small(max_steps=4_000), resume=high)
+    assert result.best_mean_return == 1e6
+    assert words(PackedWorkerStep.flatten(result.best_params)) == words(high.best_params)
+
+
+# Real processes.
+
+TINY = ("--num-workers", "3", "--envs-per-worker", "2", "--t-max", "4", "--hidden-sizes", "8",
+        "--evaluation-episodes", "1")  # fmt: skip
+FOR_EVER = ("--max-steps", "None", "--max-episodes", "None", "--solved-return", "501")
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "MPLBACKEND": "Agg",
+}
+DEADLINE = 120.0
+
+
+DEFAULT_SIGNALS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def start(*arguments):
+    # A shell that starts the tests in the background has them, and their children, ignore SIGINT.
+    return subprocess.Popen(
+        [sys.executable, "-c", DEFAULT_SIGNALS, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def cartpole(run_dir, *arguments):
+    return start("-m", "experiments.cartpole", "--run-dir", str(run_dir), *TINY, *arguments)
+
+
+def finish(process, timeout=DEADLINE):
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        pytest.fail("the process does not end")
+    return process.returncode, output, errors
+
+
+def await_updates(process, run_dir, updates=1):
+    """Waits until the metrics show an update, and so the threads are running."""
+    rows = run_dir / "metrics.jsonl"
+    end = time.monotonic() + DEADLINE
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            pytest.fail(f"the process has ended: {process.communicate()}")
+        lines = rows.read_text().split("\n")[:-1] if rows.exists() else []
+        if lines and json.loads(lines[-1])["updates"] >= updates:
+            return
+        time.sleep(0.01)
+    process.kill()
+    pytest.fail("no update is made")
+
+
+def replayed(run_dir):
+    return finish(start("-m", "experiments.replay", str(run_dir)))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT cannot be sent to a process on Windows")
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_ctrl_c_and_sigterm_stop_at_once_save_and_say_how_to_go_on(tmp_path, number, code):
+    run_dir = tmp_path / "run"
+    process = cartpole(run_dir, *FOR_EVER)
+    await_updates(process, run_dir)
+    begin = time.monotonic()
+    process.send_signal(number)
+    returncode, output, errors = finish(process)
+    seconds = time.monotonic() - begin
+    print(f"{seconds:.2f} s from signal {number} to the exit")
+    assert returncode == code, errors
+    assert seconds < 5.0  # it should be one, on a machine with nothing else to do
+    assert "stopped by interrupted" in output
+    assert f"go on with: python -m experiments.cartpole --resume {run_dir}\n" in output
+    assert "Traceback" not in errors
+    checkpoint = find(run_dir)
+    steps = re.search(r"after ([\d,]+) steps", output)
+    assert int(steps[1].replace(",", "")) == checkpoint.environment_steps > 0
+    assert_exact_cartpole(checkpoint)
+    if number == signal.SIGINT:
+        goes_on_as_it_said(run_dir, output)
+
+
+def goes_on_as_it_said(run_dir, output):
+    before = find(run_dir).environment_steps
+    command = re.search(r"go on with: python (.+)\n", output)[1].split()
+    budget = ["--max-steps", str(before + 800), "--evaluation-episodes", "1"]
+    returncode, output, errors = finish(start(*command, *budget))
+    assert returncode == 0, errors
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert before + 800 <= summary["environment_steps"] < before + 808
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["environment_steps"] for row in rows]
+    assert steps == sorted(steps)
+    returncode, output, errors = replayed(run_dir)
+    assert (returncode, output[:10]) == (0, "identical:"), output + errors
+
+
+IN_A_LONG_SEGMENT = """
+import runpy, threading, time
+from a3c_jax.worker import PackedWorkerStep
+
+call = PackedWorkerStep.__call__
+
+def long(self, params, state):
+    if threading.current_thread().name.startswith("a3c-worker"):
+        print("a segment begins", flush=True)
+        time.sleep(1000.0)
+    return call(self, params, state)
+
+PackedWorkerStep.__call__ = long
+runpy.run_module("experiments.cartpole", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT cannot be sent to a process on Windows")
+def test_a_second_ctrl_c_quits_at_once_whatever_the_workers_are_doing(tmp_path):
+    run_dir = tmp_path / "run"
+    process = start("-c", IN_A_LONG_SEGMENT, "--run-dir", str(run_dir), *TINY, *FOR_EVER)
+    assert process.stdout.readline() == "a segment begins\n", process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)  # two signals at the same time are one
+    assert process.poll() is None  # it waits for the segments, which do not end
+    process.send_signal(signal.SIGINT)
+    returncode, _, errors = finish(process, timeout=15.0)
+    assert returncode in (130, -signal.SIGINT), errors
+    assert find(run_dir).version == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL does not exist on Windows")
+def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_path):
+    rng = random.Random(11)
+    run_dir, resumed, saving = tmp_path / "run", 0, 0
+    save_often = ("--checkpoint-updates", "1", "--keep-checkpoints", "2", "--no-progress")
+    versions = [0]
+    for _ in range(20):
+        if (run_dir / "checkpoints").is_dir() and list(run_dir.glob("checkpoints/*.checkpoint")):
+            process = start(
+                "-m", "experiments.cartpole", "--resume", str(run_dir),
+                *FOR_EVER, *save_often, "--evaluation-episodes", "1",
+            )  # fmt: skip
+            resumed += 1
+        else:
+            run_dir = tmp_path / f"run-{len(versions)}"  # killed before it saved anything
+            process = cartpole(run_dir, *FOR_EVER, *save_often)
+        # Some moments lie in its start, the others while it trains and saves.
+        if rng.random() < 0.2:
+            threading.Event().wait(rng.uniform(0.0, 2.0))
+        else:
+            before = checkpoint_names(run_dir)
+            end = time.monotonic() + DEADLINE
+            while checkpoint_names(run_dir) <= before and time.monotonic() < end:
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            if rng.random() < 0.5:  # the moment a file is being written
+                wait_for_partial(run_dir, time.monotonic() + 2.0)
+            else:
+                threading.Event().wait(rng.uniform(0.0, 0.6))
+        process.kill()
+        process.communicate()
+        saving += bool(list(run_dir.glob("checkpoints/.*.partial")))
+        if checkpoint_names(run_dir):
+            checkpoint = find(run_dir)  # always whole, whatever was being written
+            assert_exact_cartpole(checkpoint)
+            assert checkpoint.version >= versions[-1] or resumed == 0
+            versions.append(checkpoint.version)
+    assert resumed >= 15
+    assert saving >= 1, "no kill fell into a save"
+    assert versions[-1] > versions[1]
+
+    more = find(run_dir).environment_steps + 4_000
+    arguments = ("--resume", str(run_dir), "--max-steps", str(more), "--evaluation-episodes", "1")
+    returncode, output, errors = finish(start("-m", "experiments.cartpole", *arguments))
+    assert returncode == 0, errors
+    last = find(run_dir)
+    assert more <= last.environment_steps < more + 8
+    assert_exact_cartpole(last)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["environment_steps"] == last.environment_steps
+    assert summary["episodes"] == len(last.episodes.length)
+    assert not list(run_dir.glob("checkpoints/.*"))
+    returncode, output, errors = replayed(run_dir)
+    assert (returncode, output[:10]) == (0, "identical:"), output + errors
+
+
+def checkpoint_names(run_dir):
+    return {path.name for path in run_dir.glob("checkpoints/0*.checkpoint")}
+
+
+def wait_for_partial(run_dir, end):
+    while time.monotonic() < end and not list(run_dir.glob("checkpoints/.*.partial")):
+        pass
+
+
+def assert_exact_cartpole(checkpoint):
+    assert_exact_counters(checkpoint)
+    # CartPole-v1 pays 1 a step.
+    np.testing.assert_array_equal(checkpoint.episodes.episode_return, checkpoint.episodes.length)
+
+
+def test_an_error_of_a_worker_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+    config = small(max_steps=800)
+    step = PackedWorkerStep.__call__
+    calls = []
+
+    def fail_once(self, params, state):
+        calls.append(None)
+        if len(calls) == 40:
+            raise OSError("lost")
+        return step(self, params, state)
+
+    monkeypatch.setattr(PackedWorkerStep, "__call__", fail_once)
+    with pytest.raises(WorkerError, match="worker 0 failed with OSError: lost"):
+        train(config, checkpoints=CheckpointFolder(tmp_path))
+    checkpoint = find(tmp_path)
+    assert checkpoint.version == 38  # one call compiles, the fortieth fails
+    assert_equal_runs(train(config, resume=checkpoint), train(config))

@@ -1,0 +1,183 @@
+"""The staleness experiment: a tiny run of the script, and its statistics and choices by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import staleness
+from experiments.staleness import Arguments, Run
+
+TINY = [
+    *("--optimizers", "momentum"),
+    *("--delays", "2", "0"),
+    *("--rates", "0.03", "0.01"),
+    *("--seeds", "2"),
+    *("--tuning-seeds", "1"),
+    *("--max-steps", "2000"),
+    *("--envs-per-worker", "4"),
+    *("--batch", "4"),
+    *("--resamples", "50"),
+    "--no-progress",
+]
+
+
+def test_a_tiny_run_leaves_its_results_and_its_picture(tmp_path, capsys):
+    folder = staleness.main([*TINY, "--run-dir", str(tmp_path / "run")])
+    assert folder == tmp_path / "run"
+    names = {"staleness.json", "staleness.png", "staleness.pdf"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "staleness.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "staleness.pdf").read_bytes().startswith(b"%PDF")
+
+    results = json.loads((folder / "staleness.json").read_text())
+    assert results["arguments"]["delays"] == [2, 0]
+    assert results["config"]["max_steps"] == 2000
+    assert results["tuning"]["momentum"]["rates"] == [0.01, 0.03]
+    tuned = results["tuning"]["momentum"]["returns"]
+    assert {delay: np.shape(scores) for delay, scores in tuned.items()} == {
+        "0": (2, 1),
+        "2": (2, 1),
+    }
+
+    points = results["points"]
+    assert [(p["panel"], p["delay"]) for p in points] == [
+        *(("fixed", 0), ("fixed", 2)),
+        *(("own", 0), ("own", 2)),
+    ]
+    for point in points:
+        # Returns of CartPole: 8 steps at least, and learning has hardly begun.
+        assert len(point["returns"]) == 2 and 8 <= min(point["returns"]) < 200
+        assert point["mean"] == pytest.approx(np.mean(point["returns"]))
+        assert point["low"] <= point["mean"] <= point["high"]
+    assert points[0]["returns"] == points[2]["returns"]  # the same delay with the same rate
+    assert points[0]["returns"][0] != points[0]["returns"][1]
+
+    printed = capsys.readouterr().out
+    for word in ("without delay", "at each delay", "momentum", f"{points[1]['mean']:.1f}"):
+        assert word in printed
+
+    # The same folder is not written to again.
+    with pytest.raises(SystemExit) as caught:
+        staleness.main([*TINY, "--run-dir", str(folder)])
+    assert caught.value.code == 2
+    assert "run_dir must not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "1"], "seeds must be >= 2, got 1"),
+        (["--tuning-seeds", "0"], "tuning_seeds must be >= 1, got 0"),
+        (["--delays", "0", "-1"], "delays must be >= 0, got -1"),
+        (["--delays", "1", "1"], "delays must be one or more, each once, got (1, 1)"),
+        (["--rates", "0.0"], "A3CConfig.learning_rate must be > 0, got 0.0"),
+        (["--max-steps", "0"], "A3CConfig.max_steps must be >= 1, got 0"),
+        (["--environment", "CartPol-v1"], "did you mean CartPole-v1"),
+        (["--optimizers", "adma"], "adam"),
+    ],
+)
+def test_wrong_options_end_with_their_reason_and_leave_no_folder(
+    tmp_path, capsys, options, message
+):
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as caught:
+        staleness.main([*options, "--run-dir", str(folder)])
+    assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not folder.exists()
+
+
+def invented(runs):
+    """Best at rate 0.1 without delay and at 0.01 with delay 8; seeds differ, the tuning ones by much less."""
+    best = {0: 0.1, 8: 0.01}
+    return np.array(
+        [100.0 * (run.learning_rate == best[run.delay]) + run.delay + run.seed % 7 for run in runs]
+    )
+
+
+def test_rates_are_chosen_by_other_seeds_than_those_reported():
+    arguments = Arguments(
+        optimizers=("adam",), delays=(8, 0), rates=(0.1, 0.01), seeds=4, tuning_seeds=3
+    )
+    seen = []
+
+    def score(runs):
+        seen.append(runs)
+        return invented(runs)
+
+    tuning = staleness._tune(arguments, "adam", score)
+    # 1,000,000 leaves a remainder of 1 when divided by 7.
+    np.testing.assert_array_equal(tuning[0], [[1, 2, 3], [101, 102, 103]])  # delay 0: 0.01, 0.1
+    np.testing.assert_array_equal(tuning[1], [[109, 110, 111], [9, 10, 11]])  # delay 8
+
+    points = staleness._report(arguments, "adam", score, tuning, np.random.default_rng(0))
+    chosen = {(p.panel, p.delay): (p.learning_rate, p.returns) for p in points}
+    assert chosen == {
+        ("fixed", 0): (0.1, [100, 101, 102, 103]),
+        ("fixed", 8): (0.1, [8, 9, 10, 11]),
+        ("own", 0): (0.1, [100, 101, 102, 103]),
+        ("own", 8): (0.01, [108, 109, 110, 111]),
+    }
+    assert points[0].mean == 101.5  # of 101 and 102
+    tuned, reported = ({run.seed for run in runs} for runs in seen)
+    assert len(tuned) == 3 and reported == {0, 1, 2, 3} and not tuned & reported
+    assert len(seen[1]) == 3 * 4  # what both panels show is simulated once
+
+
+def test_equal_scores_choose_the_smaller_rate():
+    arguments = Arguments(delays=(0,), rates=(0.1, 0.01), seeds=2, tuning_seeds=1)
+    points = staleness._report(
+        arguments, "adam", invented, np.full((1, 2, 1), 500.0), np.random.default_rng(0)
+    )
+    assert {p.learning_rate for p in points} == {0.01}
+
+
+def test_the_interquartile_mean_leaves_out_both_outer_quarters():
+    # Of ten values the two lowest and the two highest: (3 + 4 + 5 + 6 + 7 + 8) / 6.
+    values = np.array([1000.0, 8, 7, 6, 5, 4, 3, 2, -1000, 9])
+    assert staleness.interquartile_mean(values) == 5.5
+    many = np.random.default_rng(0).normal(size=(5, 13))
+    np.testing.assert_allclose(
+        staleness.interquartile_mean(many), scipy.stats.trim_mean(many, 0.25, axis=1)
+    )
+
+
+def test_the_interval_is_the_percentile_bootstraps():
+    values = np.random.default_rng(1).exponential(100.0, 10)
+    expected = scipy.stats.bootstrap(
+        (values,),
+        lambda x, axis: scipy.stats.trim_mean(x, 0.25, axis=axis),
+        method="percentile",
+        n_resamples=50_000,
+        rng=np.random.default_rng(2),
+    ).confidence_interval
+    interval = staleness.bootstrap_interval(values, 50_000, np.random.default_rng(3))
+    np.testing.assert_allclose(interval, expected, rtol=0.03)
+
+
+def test_batches_are_filled_up_and_cut_again():
+    # Five runs in batches of four: the second batch repeats the fifth run, which is reported once.
+    arguments = Arguments(
+        optimizers=("momentum",),
+        delays=(0, 2),
+        rates=(0.03,),
+        max_steps=2000,
+        envs_per_worker=4,
+        batch=4,
+    )
+
+    class Bar:
+        count = 0
+
+        def update(self, count):
+            self.count += count
+
+    bar = Bar()
+    score = staleness._make_score(arguments, "momentum", bar)
+    runs = [Run(d, r, s) for r in (0.01, 0.03) for s in (0, 1) for d in (0, 2)]
+    scores = score(runs[:5])
+    assert scores.shape == (5,) and bar.count == 5
+    np.testing.assert_allclose(scores, score(runs)[:5], rtol=1e-5)
+    assert len(set(scores.tolist())) == 5  # different runs, each with its delay, rate and seed
