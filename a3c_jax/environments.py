@@ -4,9 +4,10 @@ gymnax describes one environment; a worker plays several side by side, so the pr
 batched: every array has a leading dimension N, the number of environments.
 """
 
+import ast
 import difflib
 import math
-from collections.abc import Callable
+import urllib.parse
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -19,11 +20,11 @@ runtime.defer_import("matplotlib.pyplot")  # gymnax needs them to render, and on
 runtime.defer_import("seaborn")
 
 import gymnax  # noqa: E402
+from gymnax.environments.environment import Environment as GymnaxBase  # noqa: E402
 
 Array = jax.Array
 
 _VARIANTS = {"CartPole-v0": ("CartPole-v1", {"max_steps_in_episode": 200})}
-_REGISTERED: dict[str, Callable[..., tuple[Any, Any]]] = {}
 
 
 class Transition(NamedTuple):
@@ -78,8 +79,12 @@ class GymnaxEnvironment:
     """N copies of a gymnax environment, or of one that has gymnax's interface.
 
     A step does what gymnax's own `step` does, operation for operation (a test compares them), but draws
-    the states to reset to only when at least one of the N episodes ended. An environment that has only
-    `reset` and the six-value `step`, and not the parts that gymnax makes them of, is used by those.
+    the states to reset to only when at least one of the N episodes ended. Where `reset` and the six-value
+    `step` are not those of gymnax's base class, they are called as they are.
+
+    Attributes:
+      gymnax: the environment itself.
+      params: what its methods take last.
 
     A continuous action is any real number to the policy, whose log-probability is that of the number it
     drew. The environment gets it fitted into its bounds: -1 and 1 become the lower and the upper bound,
@@ -90,8 +95,8 @@ class GymnaxEnvironment:
         self, name: str, environment: Any, params: Any, action_bounds: str = "clip"
     ) -> None:
         self.name = name
-        self._environment = environment
-        self._params = params
+        self.gymnax = environment
+        self.params = params
         self._squash = {"clip": lambda x: jnp.clip(x, -1.0, 1.0), "tanh": jnp.tanh}[action_bounds]
         observation_space = environment.observation_space(params)
         self._actions = environment.action_space(params)
@@ -117,8 +122,9 @@ class GymnaxEnvironment:
                 f"environment {name!r} has the observation space {observation_space}, but only Box and "
                 "Discrete observations are supported; flatten them into one array first."
             )
-        self._in_parts = all(
-            hasattr(environment, part) for part in ("reset_env", "step_env", "is_truncated")
+        kind = type(environment)  # a wrapper has the parts too, of what it wraps
+        self._in_parts = isinstance(environment, GymnaxBase) and (
+            (kind.step, kind.reset) == (GymnaxBase.step, GymnaxBase.reset)
         )
 
     def __repr__(self) -> str:
@@ -126,8 +132,8 @@ class GymnaxEnvironment:
 
     def reset(self, key: Array, num_envs: int) -> tuple[Array, Any]:
         keys = jax.random.split(key, num_envs)
-        reset = self._environment.reset_env if self._in_parts else self._environment.reset
-        observation, state = jax.vmap(reset, (0, None))(keys, self._params)
+        reset = self.gymnax.reset_env if self._in_parts else self.gymnax.reset
+        observation, state = jax.vmap(reset, (0, None))(keys, self.params)
         return self._encode(observation), state
 
     def step(self, key: Array, state: Any, action: Array) -> Transition:
@@ -137,13 +143,13 @@ class GymnaxEnvironment:
             return self._step_whole(key, state, action)
         keys = jax.vmap(jax.random.split)(jax.random.split(key, action.shape[0]))
         final_observation, next_state, reward, terminated, _ = jax.vmap(
-            self._environment.step_env, (0, 0, 0, None)
-        )(keys[:, 0], state, action, self._params)
-        truncated = jax.vmap(self._environment.is_truncated, (0, None))(next_state, self._params)
+            self.gymnax.step_env, (0, 0, 0, None)
+        )(keys[:, 0], state, action, self.params)
+        truncated = jax.vmap(self.gymnax.is_truncated, (0, None))(next_state, self.params)
         done = terminated | truncated
 
         def reset() -> tuple[Array, Any]:
-            fresh = jax.vmap(self._environment.reset_env, (0, None))(keys[:, 1], self._params)
+            fresh = jax.vmap(self.gymnax.reset_env, (0, None))(keys[:, 1], self.params)
             return jax.tree.map(
                 lambda new, old: jnp.where(_expand(done, old.ndim), new, old).astype(old.dtype),
                 fresh,
@@ -171,8 +177,8 @@ class GymnaxEnvironment:
     def _step_whole(self, key: Array, state: Any, action: Array) -> Transition:
         keys = jax.random.split(key, action.shape[0])
         observation, state, reward, terminated, truncated, info = jax.vmap(
-            self._environment.step, (0, 0, 0, None)
-        )(keys, state, action, self._params)
+            self.gymnax.step, (0, 0, 0, None)
+        )(keys, state, action, self.params)
         if "final_observation" not in info:
             raise ValueError(
                 f"environment {self.name!r} must return the observation before the reset as "
@@ -208,22 +214,6 @@ class GymnaxEnvironment:
         return jax.nn.one_hot(observation, self._categories)
 
 
-def register(name: str, factory: Callable[..., tuple[Any, Any]]) -> None:
-    """Gives an environment of one's own a name that `make`, and so every configuration, knows.
-
-    Args:
-      name: must not be taken.
-      factory: `factory(**params) -> (environment, params)`: an object with gymnax's interface (`reset`, the
-        six-value `step`, `observation_space`, `action_space`), and what to pass to its methods last.
-
-    Raises:
-      ValueError: where the name is taken.
-    """
-    if name in _known():
-        raise ValueError(f"the name {name!r} is taken; choose another.")
-    _REGISTERED[name] = factory
-
-
 def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
     """An object with gymnax's interface as this package's `Environment`; one that is already is returned as it is.
 
@@ -240,7 +230,7 @@ def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
     if missing:
         raise TypeError(
             f"environment must have gymnax's interface, got {type(environment).__name__} without "
-            f"{', '.join(missing)}; see a3c_jax.environments.register."
+            f"{', '.join(missing)}; README.md has an example."
         )
     params = getattr(environment, "default_params", None)
     name = getattr(environment, "name", type(environment).__name__)
@@ -250,11 +240,15 @@ def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
 def make(name: str, *, action_bounds: str = "clip", **params: Any) -> GymnaxEnvironment:
     """Makes an environment from its name.
 
+    >>> make("MemoryChain-bsuite?memory_length=10&num_bits=3").observation_shape
+    (5,)
+
     Args:
-      name: the id of a registered gymnax environment, `CartPole-v0`, or a name given to `register`.
+      name: the id of a registered gymnax environment (`gymnax.register` adds one's own) or `CartPole-v0`.
+        Parameters may follow as in a URL: fields of its gymnax `EnvParams`, `max_steps_in_episode` for
+        instance, or arguments of its constructor.
       action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
-      **params: fields of the environment's gymnax `EnvParams` to change, `max_steps_in_episode` for
-        instance.
+      **params: more of these parameters.
 
     Returns:
       The environment, for any number of copies side by side.
@@ -263,32 +257,46 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> GymnaxEnvi
       ValueError: where no such environment is registered (with the nearest names), where it has no such
         parameter, or where its spaces are not supported.
     """
-    if name in _REGISTERED:
-        return GymnaxEnvironment(name, *_REGISTERED[name](**params), action_bounds)
-    base, variant = _VARIANTS.get(name, (name, {}))
-    known = _known()
-    if base not in known:
-        lowered = {k.lower(): k for k in known}
-        near = [
-            lowered[k] for k in difflib.get_close_matches(str(name).lower(), lowered, cutoff=0.5)
-        ]
-        remedy = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
+    base, _, query = str(name).partition("?")
+    params = _parse(name, query) | params
+    base, variant = _VARIANTS.get(base, (base, {}))
+    if base not in gymnax.registered_envs:
         raise ValueError(
-            f"environment must be a registered gymnax environment, got {name!r}; {remedy}"
+            f"environment must be a registered gymnax environment, got {name!r}; {_near(base)}"
         )
-    environment, defaults = gymnax.make(base)
+    fields = set(gymnax.make(base)[1].__dataclass_fields__)
+    options = {k: v for k, v in params.items() if k not in fields}
     try:
-        env_params = defaults.replace(**{**variant, **params})
+        environment, defaults = gymnax.make(base, **options)
     except TypeError as error:
-        fields = ", ".join(defaults.__dataclass_fields__)
         raise ValueError(
-            f"environment {name!r} has the parameters {fields}, got {', '.join(params)}; use one of those."
+            f"environment {base!r} has the parameters {', '.join(sorted(fields))}, got "
+            f"{', '.join(options)}; use one of those, or an argument of its constructor ({error})."
         ) from error
-    return GymnaxEnvironment(name, environment, env_params, action_bounds)
+    changed = {k: v for k, v in params.items() if k in fields}
+    return GymnaxEnvironment(
+        str(name), environment, defaults.replace(**{**variant, **changed}), action_bounds
+    )
 
 
-def _known() -> list[str]:
-    return [*gymnax.registered_envs, *_VARIANTS, *_REGISTERED]
+def _parse(name: str, query: str) -> dict[str, Any]:
+    """The parameters in a name, `a=1&b=2.5`, as Python's numbers and booleans."""
+    try:
+        pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
+        return {key: ast.literal_eval(value) for key, value in pairs}
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"the parameters of environment {name!r} must be numbers, as in "
+            f"'MemoryChain-bsuite?memory_length=10&num_bits=3'; {error}."
+        ) from error
+
+
+def _near(name: str) -> str:
+    known = {k.lower(): k for k in [*gymnax.registered_envs, *_VARIANTS]}
+    near = [known[k] for k in difflib.get_close_matches(name.lower(), known, cutoff=0.5)]
+    return (
+        f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known.values())}."
+    )
 
 
 def _expand(flags: Array, ndim: int) -> Array:

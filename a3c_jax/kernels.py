@@ -18,6 +18,10 @@ MAX_WORK = 500_000
 plain loops, so that larger segments are faster as a graph (at 8 environments for 16 steps the single
 kernel takes half the time, at 64 for 5 as much, at 64 for 20 a quarter more)."""
 
+MAX_WORDS = 2**15
+"""Words in an optimizer's state up to which its update is tried as a single kernel. XLA splits longer vectors
+over its thread pool, which a kernel cannot do: it complains on stderr, and the update compiles as usual."""
+
 _MARKS = {"xla_cpu_small_call": "true", "inlineable": "false"}
 _OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",  # its matrix products cannot join a kernel

@@ -49,7 +49,7 @@ if __name__ == "__main__":
     main(
         "article",
         "Run the article's A3C experiment on CartPole-v0, with its mistakes put right.",
-        DEFAULTS,
+        {"article": DEFAULTS},
         sinks=[EpisodePrinter()],
         solved=195.0,
         over_episodes=True,

@@ -10,5 +10,5 @@ if __name__ == "__main__":
         "cartpole",
         "Train A3C on CartPole-v1 until the mean return of the last 100 episodes reaches 475, "
         "then evaluate it on fresh episodes.",
-        DEFAULTS,
+        {"cartpole": DEFAULTS},
     )

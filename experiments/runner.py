@@ -1,5 +1,6 @@
 """What all experiments share: the command line, the run folder, the evaluation, the report."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -7,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ from a3c_jax.config import A3CConfig
 class Options:
     """What to do around the training itself."""
 
+    preset: str = ""
+    """Start from this configuration instead of the first one; the description above names them all."""
     run_dir: Path | None = None
     """Folder to write to; it must not exist. By default a new one under runs/."""
     evaluation_episodes: int = 100
@@ -36,6 +39,8 @@ class Options:
     """Save a checkpoint when so many updates have been made; None does not count them."""
     keep_checkpoints: int = 3
     """How many of the latest checkpoints to keep; the one with the highest mean return is kept besides."""
+    gif: bool = False
+    """Write play.gif, an episode of the trained policy, where gymnax can draw the environment. CartPole and the other classic ones need pygame: pip install -e '.[gif]'."""
     compilation_cache: Path | None = None
     """Folder for compiled programs, so that the next run with the same shapes starts faster. None keeps none."""
 
@@ -57,7 +62,7 @@ class Arguments:
 def main(
     name: str,
     description: str,
-    defaults: A3CConfig,
+    presets: Mapping[str, A3CConfig],
     *,
     arguments: Sequence[str] | None = None,
     sinks: Sequence[Any] = (),
@@ -68,7 +73,8 @@ def main(
     Args:
       name: the experiment's name, for its run folder.
       description: what `--help` says first.
-      defaults: the configuration that the command line may change.
+      presets: configurations by name that the command line may change; the first one unless `--preset` says
+        otherwise.
       arguments: the command line; by default the process's.
       sinks: where rows go besides `metrics.jsonl` and the progress bar.
       **plot_options: options of `experiments.plotting.learning_curve`.
@@ -77,15 +83,23 @@ def main(
       The run folder.
     """
 
+    preset = _chosen_preset(presets, arguments)
+
     def parse(config: A3CConfig) -> Arguments:
         return tyro.cli(
-            Arguments, default=Arguments(config=config), description=description, args=arguments
+            Arguments,
+            default=Arguments(config=config, options=Options(preset=preset)),
+            description=f"{description} Presets: {', '.join(presets)}.",
+            args=arguments,
         )
 
     try:
-        parsed = parse(defaults)
+        if preset not in presets:
+            raise ValueError(f"preset must be one of {', '.join(presets)}, got {preset!r}.")
+        parsed = parse(presets[preset])
         from a3c_jax import environments  # after the command line: --help answers at once
         from a3c_jax.checkpoints import CheckpointFolder, check_same_run, find
+        from experiments import tasks  # noqa: F401  (registers them)
 
         config, options, checkpoint = parsed.config, parsed.options, None
         if options.resume is not None:
@@ -108,6 +122,13 @@ def main(
         raise SystemExit(2) from None
     _run(config, options, environment, run_dir, checkpoints, checkpoint, sinks, plot_options)
     return run_dir
+
+
+def _chosen_preset(presets: Mapping[str, A3CConfig], arguments: Sequence[str] | None) -> str:
+    """What `--preset` says, before the rest is parsed with that configuration's values as defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=next(iter(presets)))
+    return parser.parse_known_args(arguments)[0].preset
 
 
 def _run(
@@ -205,6 +226,10 @@ def _run(
         random_return=evaluations.get("random", {}).get("mean"),
         **({"solved": config.solved_return} | plot_options),
     )
+    if options.gif:
+        from experiments.animation import animate
+
+        animate(run_dir / "play.gif", result)
     print(f"run folder: {run_dir}")
 
 
