@@ -45,5 +45,5 @@ def play(result: Any, max_steps: int) -> tuple[list[Any], np.ndarray]:
     _, (states, rewards, running) = jax.lax.scan(step, carry, jax.random.split(key, max_steps))
     length = int(running.sum())
     leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, states))
-    moments = [structure.unflatten([x[k, 0] for x in leaves]) for k in range(length)]
+    moments = [jax.tree.unflatten(structure, [x[k, 0] for x in leaves]) for k in range(length)]
     return moments, np.asarray(rewards)[:length]

@@ -1,0 +1,33 @@
+"""A3C with continuous actions, on Pendulum-v1 or MountainCarContinuous-v0: `python -m experiments.pendulum`."""
+
+from a3c_jax.config import A3CConfig
+from experiments.runner import main
+
+PRESETS = {
+    "pendulum": A3CConfig(
+        environment="Pendulum-v1",
+        envs_per_worker=16,
+        t_max=10,
+        hidden_sizes=(64, 64),
+        discount=0.95,
+        gae_lambda=0.95,
+        entropy_cost=1e-4,
+        learning_rate=1e-3,
+        learning_rate_schedule="linear",
+        normalize_rewards=True,
+        max_steps=2_000_000,
+    ),
+    "mountain-car": A3CConfig(
+        environment="MountainCarContinuous-v0",
+        envs_per_worker=16,
+        t_max=20,
+        entropy_cost=1e-4,
+        gae_lambda=0.95,
+        normalize_observations=True,
+        normalize_rewards=True,
+        max_steps=1_000_000,
+    ),
+}
+
+if __name__ == "__main__":
+    main("pendulum", "Train A3C with a Gaussian policy on a continuous control task.", PRESETS)
