@@ -213,7 +213,7 @@ def check_same_run(before: A3CConfig, now: A3CConfig) -> None:
     Raises:
       ValueError: where another field differs, or the budget does and the learning rate is annealed over it.
     """
-    may_differ = {"max_steps", "max_episodes", "solved_return"}
+    may_differ = {"max_steps", "max_episodes", "solved_return", "max_concurrent_workers"}
     if now.learning_rate_schedule == "linear":
         may_differ.remove("max_steps")  # the learning rate depends on it
     for name, value in before.as_dict().items():

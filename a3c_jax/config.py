@@ -4,7 +4,6 @@ No JAX work happens here, so that a command line can show its help, and refuse b
 """
 
 import dataclasses
-import math
 import os
 import sys
 from typing import Any, Literal, get_args
@@ -44,6 +43,8 @@ class A3CConfig:
     """Environments that each worker plays side by side: 1 is the paper's actor-learner, more is the batched form."""
     t_max: int = 16
     """Steps that a worker plays in each of its environments between two updates; the paper's is 5."""
+    max_concurrent_workers: int | None = None
+    """How many workers may play at the same time; the others wait for a turn of 20 ms. None takes the number of cores where segments are so small that each is computed in its worker's thread, and no limit where XLA's thread pool computes them."""
 
     discount: float = 0.99
     """The discount factor gamma, per step."""
@@ -119,7 +120,7 @@ class A3CConfig:
             ("solved_window", 1),
         ):
             self._check_int(name, minimum)
-        for name in ("max_steps", "max_episodes"):
+        for name in ("max_steps", "max_episodes", "max_concurrent_workers"):
             if getattr(self, name) is not None:
                 self._check_int(name, 1)
         if self.seed >= 2**32:
@@ -188,7 +189,7 @@ class A3CConfig:
     @property
     def max_updates(self) -> int | None:
         """The fewest updates that play at least `max_steps`; None where there is no such limit."""
-        return None if self.max_steps is None else math.ceil(self.max_steps / self.steps_per_update)
+        return None if self.max_steps is None else -(-self.max_steps // self.steps_per_update)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold."""

@@ -24,6 +24,7 @@ from a3c_jax.config import A3CConfig, available_cores
 from a3c_jax.metrics import Counters
 from a3c_jax.parameters import SharedParameters, Snapshot
 from a3c_jax.threads import WorkerThreads
+from a3c_jax.training import max_running
 from a3c_jax.worker import PackedWorkerStep, Record
 from experiments import synchronous
 
@@ -103,7 +104,13 @@ class Asynchronous:
             if returns.size and mean is not None and (best is None or mean > best):
                 best = mean
 
-        threads = WorkerThreads(self._traced_step, self.store, self.states, on_commit=on_commit)
+        threads = WorkerThreads(
+            self._traced_step,
+            self.store,
+            self.states,
+            on_commit=on_commit,
+            max_running=max_running(self.config, self.step),
+        )
         usage = resource.getrusage(resource.RUSAGE_SELF)
         counters.start_clock()
         began = time.perf_counter()

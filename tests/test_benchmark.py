@@ -226,6 +226,7 @@ def test_a_segments_prediction_uses_its_own_times():
 # The programs.
 
 
+@pytest.mark.slow
 def test_the_benchmark_leaves_everything_in_its_run_folder(tmp_path, monkeypatch, capsys):
     name, kind, config = benchmark.PROCESSES[-1]
     monkeypatch.setattr(
@@ -280,6 +281,7 @@ def test_the_benchmark_leaves_everything_in_its_run_folder(tmp_path, monkeypatch
         assert word in output
 
 
+@pytest.mark.slow
 def test_the_scaling_leaves_everything_in_its_run_folder(tmp_path, capsys):
     folder = scaling.main([*TINY_SCALING, "--run-dir", str(tmp_path / "run")])
     assert {path.name for path in folder.iterdir()} == {"scaling.json", "scaling.png"}

@@ -23,6 +23,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_a_tiny_run_leaves_its_results_and_its_picture(tmp_path, capsys):
     folder = staleness.main([*TINY, "--run-dir", str(tmp_path / "run")])
     assert folder == tmp_path / "run"

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from a3c_jax import threads as threads_module
 from a3c_jax.parameters import SharedParameters, make_optimizer
 from a3c_jax.threads import WorkerError, WorkerThreads
 
@@ -74,6 +75,60 @@ def test_the_budget_is_met_exactly(num_workers, max_updates):
     assert version == max_updates
     assert float(params) == max_updates
     assert sum(threads.states) == max_updates
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_no_more_threads_than_may_run_are_in_a_step_and_all_have_their_turn(monkeypatch, places):
+    monkeypatch.setattr(threads_module, "_TURN", 0.0)
+    lock, inside, most, played = threading.Lock(), [], [], [0] * 5
+    all_wait = threading.Event()
+
+    def step(params, state):
+        worker = worker_of_this_thread()
+        with lock:
+            inside.append(worker)
+            most.append(len(inside))
+            played[worker] += 1
+        while (
+            len(threads._turns._waiting) < 5 - places
+        ):  # who comes first waits for the rest to queue
+            if all_wait.wait(0.001):
+                break
+        all_wait.set()
+        with lock:
+            inside.remove(worker)
+        return count(params, state)
+
+    store = make_store()
+    threads = WorkerThreads(step, store, [0] * 5, max_updates=50, max_running=places)
+    run(threads)
+    assert max(most) == places
+    assert store.pull().version == 50
+    assert min(played) >= 10 // 2
+    if places == 1:  # strictly one after the other
+        first = store.schedule.worker[:5].tolist()
+        assert sorted(first) == list(range(5))
+        assert store.schedule.worker.tolist() == first * 10
+        assert not store.schedule.staleness.any()
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_threads_that_wait_for_a_turn_end_when_another_fails_or_stops(places):
+    def fail(params, state):
+        raise Boom
+
+    with pytest.raises(WorkerError) as caught:
+        run(WorkerThreads(fail, make_store(), [0] * 6, max_running=places))
+    assert isinstance(caught.value.__cause__, Boom)
+    store = make_store()
+
+    def stop(worker, snapshot, staleness, record):
+        if snapshot.version == 3:
+            threads.stop()
+
+    threads = WorkerThreads(count, store, [0] * 6, on_commit=stop, max_running=places)
+    run(threads)
+    assert 3 <= store.pull().version < 3 + places
 
 
 @pytest.mark.parametrize("num_workers", [1, 3, 8])
