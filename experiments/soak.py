@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def main() -> None:
         except training.TrainingInterrupted as interruption:
             result = interruption.result
         minutes = (time.monotonic() - began) / 60
-        checkpoint = find(folder)
+        checkpoint = find(Path(folder))
 
     seconds, resident, threads, handles, drift = np.array(samples.rows).T
     half = len(seconds) // 2

@@ -329,7 +329,9 @@ def test_a_run_may_go_on_with_another_budget(name):
 def test_the_steps_may_not_change_where_the_learning_rate_depends_on_them():
     linear = small(learning_rate_schedule="linear")
     check_same_run(linear, dataclasses.replace(linear, solved_return=1.0))
-    with pytest.raises(ValueError, match=r"A3CConfig\.max_steps must be .* only max_concurrent_workers, "):
+    with pytest.raises(
+        ValueError, match=r"A3CConfig\.max_steps must be .* only max_concurrent_workers, "
+    ):
         check_same_run(linear, dataclasses.replace(linear, max_steps=1_000))
 
 
