@@ -16,7 +16,7 @@ BREAKOUT = A3CConfig(
     activation="relu",
     shared_torso=True,
     gae_lambda=0.9,
-    learning_rate=1e-3,
+    learning_rate=3e-3,
     learning_rate_schedule="linear",
     max_steps=5_000_000,
 )

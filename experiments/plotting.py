@@ -85,6 +85,70 @@ def learning_curve(
     plt.close(figure)
 
 
+class Curves(NamedTuple):
+    """Runs of one task that differ in their seeds.
+
+    Attributes:
+      title: the task's name.
+      runs: the episodes of each.
+      reference: a published return to show beside them, and its name; None shows none.
+    """
+
+    title: str
+    runs: Sequence[EpisodeLog]
+    reference: tuple[float, str] | None = None
+
+
+def learning_curves(path: Path, panels: Sequence[Curves], *, points: int = 100) -> None:
+    """Draws the return against the steps for several tasks: each seed as a thin line, their mean as a thick one.
+
+    Args:
+      path: where the picture goes.
+      panels: the tasks.
+      points: how many equal intervals of steps the episodes are averaged over.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.2 * rows), layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        end = max(run.environment_steps[-1] for run in panel.runs)
+        edges = np.linspace(0, end, points + 1)
+        lines = np.array([_mean_in_intervals(run, edges) for run in panel.runs])
+        for line in lines:
+            axes.plot(edges[1:], line, color="tab:blue", linewidth=0.8, alpha=0.5)
+        axes.plot(edges[1:], lines.mean(0), color="tab:blue", linewidth=2)
+        if panel.reference is not None:
+            value, name = panel.reference
+            axes.axhline(
+                value, color="grey", linestyle=":", linewidth=1.2, label=f"{name}: {value:g}"
+            )
+            axes.legend(frameon=False, fontsize=8)
+        axes.set_title(panel.title)
+        axes.set_xlabel("environment steps")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.axis("off")
+    for row in grid:
+        row[0].set_ylabel("episode return")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _mean_in_intervals(run: EpisodeLog, edges: np.ndarray) -> np.ndarray:
+    """The mean return of the episodes that ended in each interval; the one before where none did."""
+    index = np.clip(np.searchsorted(edges, run.environment_steps, side="left") - 1, 0, None)
+    count = np.bincount(index, minlength=len(edges) - 1)
+    total = np.bincount(index, run.episode_return, minlength=len(edges) - 1)
+    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    for i in range(1, len(means)):
+        if np.isnan(means[i]):
+            means[i] = means[i - 1]
+    return means
+
+
 class Rate(NamedTuple):
     """Steps per second over some rounds."""
 
