@@ -270,7 +270,7 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> GymnaxEnvi
         environment, defaults = gymnax.make(base, **options)
     except TypeError as error:
         raise ValueError(
-            f"environment {base!r} has the parameters {', '.join(sorted(fields))}, got "
+            f"environment {name!r} has the parameters {', '.join(sorted(fields))}, got "
             f"{', '.join(options)}; use one of those, or an argument of its constructor ({error})."
         ) from error
     changed = {k: v for k, v in params.items() if k in fields}

@@ -148,11 +148,11 @@ class ActorCritic(nn.Module):
 
     Attributes:
       num_actions: number of discrete actions, or of a continuous action's dimensions.
-      continuous: whether actions are continuous: the policy is then a diagonal Gaussian.
       hidden_sizes: width of each hidden layer.
       activation: name of the non-linearity, a key of `ACTIVATIONS`.
       shared_torso: whether actor and critic share everything but the heads.
       observation_ndim: how many trailing dimensions make up one observation.
+      continuous: whether actions are continuous: the policy is then a diagonal Gaussian.
       torso: `mlp` or `conv`.
       core: None, `lstm` or `gru`.
       core_size: the core's width.
@@ -161,11 +161,11 @@ class ActorCritic(nn.Module):
     """
 
     num_actions: int
-    continuous: bool = False
     hidden_sizes: tuple[int, ...] = (128,)
     activation: str = "relu"
     shared_torso: bool = False
     observation_ndim: int = 1
+    continuous: bool = False
     torso: str = "mlp"
     core: str | None = None
     core_size: int = 256
@@ -306,8 +306,8 @@ def model(network: nn.Module) -> Model:
     )
 
 
-def trajectory_apply(model: Model) -> Callable[[Any, Any], tuple[Any, Array, Array]]:
-    """An `apply_fn` for `a3c_jax.losses.a3c_loss` from a network's functions.
+def trajectory_apply(network: nn.Module) -> Callable[[Any, Any], tuple[Any, Array, Array]]:
+    """An `apply_fn` for `a3c_jax.losses.a3c_loss` from a network (see `model`).
 
     Returns:
       A function from parameters and a trajectory to the distribution at `observation_tm1`, its values
@@ -323,13 +323,15 @@ def trajectory_apply(model: Model) -> Callable[[Any, Any], tuple[Any, Array, Arr
     discount is zero.)
     """
 
+    functions = model(network)
+
     def apply_fn(params: Any, trajectory: Any) -> tuple[Any, Array, Array]:
         ended_t = trajectory.terminated_t | trajectory.truncated_t
         starts = jnp.concatenate([jnp.zeros_like(ended_t[:1]), ended_t[:-1]])
-        distribution_tm1, v_tm1, carries = model.unroll(
+        distribution_tm1, v_tm1, carries = functions.unroll(
             params, trajectory.observation_tm1, trajectory.carry, starts
         )
-        v_last = model.value(
+        v_last = functions.value(
             params, trajectory.observation_t[-1:], jax.tree.map(lambda x: x[-1:], carries)
         )
         v_next = jnp.concatenate([v_tm1[1:], v_last])
@@ -337,7 +339,7 @@ def trajectory_apply(model: Model) -> Callable[[Any, Any], tuple[Any, Array, Arr
             jnp.any(trajectory.truncated_t),
             lambda: jnp.where(
                 trajectory.truncated_t,
-                model.value(params, trajectory.observation_t, carries),
+                functions.value(params, trajectory.observation_t, carries),
                 v_next,
             ),
             lambda: v_next,

@@ -66,7 +66,7 @@ def make_worker_step(
       `worker_step(params, state) -> (gradients, state, statistics)`: pure, to be compiled by its caller.
     """
     functions = model(network)
-    apply_fn = trajectory_apply(functions)
+    apply_fn = trajectory_apply(network)
 
     def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, Statistics]:
         def policy(key: Array, observation: Array, carry: Any) -> tuple[Array, Any]:

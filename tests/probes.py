@@ -18,6 +18,7 @@ class Probe:
 
     name = "Probe"
     num_actions = 2
+    continuous = False
     observation_shape = (2,)
 
     def __init__(self, length, reward, truncates=False, shows_time=True):

@@ -101,6 +101,7 @@ class Walk:
 
     name = "Walk"
     num_actions = 2
+    continuous = False
     observation_shape = (3,)
 
     def __init__(self, bad=np.nan, bad_from=None, where="reward", bad_count=10**6):

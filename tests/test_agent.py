@@ -36,7 +36,7 @@ def words(key):
 class ShowsKeys:
     """Its observations are the keys that it was called with."""
 
-    name, num_actions, observation_shape = "ShowsKeys", 2, (2,)
+    name, num_actions, continuous, observation_shape = "ShowsKeys", 2, False, (2,)
 
     def reset(self, key, num_envs):
         return jax.random.key_data(key)[None], ()
@@ -254,8 +254,8 @@ def test_the_evaluation_key_is_none_that_the_network_or_a_worker_has_used():
 
     @jax.jit
     def play(state):
-        def policy(key, observation):
-            return jax.random.key_data(key)
+        def policy(key, observation, carry):
+            return jax.random.key_data(key), carry
 
         return rollout.unroll(agent.environment, policy, state, 3)[:2]
 

@@ -8,7 +8,7 @@ import pytest
 from probes import Probe
 
 from a3c_jax import A3CConfig, evaluate, greedy_policy, make, random_policy, sampled_policy, train
-from a3c_jax.evaluation import _play
+from a3c_jax.evaluation import Policy, _play
 from a3c_jax.networks import ActorCritic
 
 
@@ -22,7 +22,10 @@ class TwoLengths(Probe):
 
 
 def constant(action):
-    return lambda params, key, observation: jnp.full(observation.shape[:1], action, jnp.int32)
+    def act(params, key, observation, carry):
+        return jnp.full(observation.shape[:1], action, jnp.int32), carry
+
+    return Policy(act, lambda num_envs: ())
 
 
 def test_each_environment_counts_its_first_episode_from_start_to_end():
@@ -43,7 +46,7 @@ def test_a_time_limit_ends_an_episode_too():
 
 def test_equal_keys_give_equal_episodes_and_others_do_not():
     environment = make("CartPole-v1")
-    policy = random_policy(2)
+    policy = random_policy(environment)
     first = evaluate(policy, None, environment, jax.random.key(1), 20)
     chex.assert_trees_all_equal(first, evaluate(policy, None, environment, jax.random.key(1), 20))
     other = evaluate(policy, None, environment, jax.random.key(2), 20)
@@ -51,7 +54,8 @@ def test_equal_keys_give_equal_episodes_and_others_do_not():
 
 
 def test_a_random_policy_is_as_bad_as_it_is_known_to_be():
-    returns, _ = evaluate(random_policy(2), None, make("CartPole-v1"), jax.random.key(0), 500)
+    environment = make("CartPole-v1")
+    returns, _ = evaluate(random_policy(environment), None, environment, jax.random.key(0), 500)
     assert 20 < returns.mean() < 25
 
 
@@ -59,10 +63,10 @@ def test_greedy_takes_the_mode_and_sampled_does_not_always():
     network = ActorCritic(num_actions=2, hidden_sizes=(8,))
     observation = jax.random.normal(jax.random.key(0), (100, 4))
     params = network.init(jax.random.key(1), observation)
-    greedy = greedy_policy(network)(params, jax.random.key(2), observation)
+    greedy, _ = greedy_policy(network).act(params, jax.random.key(2), observation, ())
     distribution, _ = network.apply(params, observation)
     np.testing.assert_array_equal(greedy, distribution.mode())
-    sampled = sampled_policy(network)(params, jax.random.key(2), observation)
+    sampled, _ = sampled_policy(network).act(params, jax.random.key(2), observation, ())
     assert 20 < (sampled != greedy).sum() < 80
 
 

@@ -79,7 +79,7 @@ def test_a_run_folder_that_exists_is_never_overwritten(tmp_path):
     [
         (["--num-workers", "0"], "A3CConfig.num_workers must be >= 1, got 0"),
         (["--environment", "CartPol-v1"], "did you mean CartPole-v1"),
-        (["--environment", "Pendulum-v1"], "only discrete actions are supported"),
+        (["--preset", "pong"], "preset must be one of cartpole, got 'pong'"),
         (["--optimizer", "adma"], "adam"),
     ],
 )

@@ -73,16 +73,19 @@ def test_both_torsos_and_heads_compute_what_their_weights_say(activation):
     params = random_params(network, observation)
     weights = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
 
-    def expected(torso, head):
+    def expected(trunk, head):
         x = np.asarray(observation, np.float64)
         for layer in ("Dense_0", "Dense_1"):
-            x = non_linearity(x @ weights[torso][layer]["kernel"] + weights[torso][layer]["bias"])
+            x = non_linearity(
+                x @ weights[trunk]["torso"][layer]["kernel"]
+                + weights[trunk]["torso"][layer]["bias"]
+            )
         return x @ weights[head]["kernel"] + weights[head]["bias"]
 
     distribution, value = network.apply(params, observation)
     atol = 2e-3 if activation == "gelu" else 1e-5  # flax takes the tanh approximation of gelu
-    assert_close(distribution.logits, expected("actor_torso", "policy_head"), atol=atol)
-    assert_close(value, expected("critic_torso", "value_head")[..., 0], atol=atol)
+    assert_close(distribution.logits, expected("actor_trunk", "policy_head"), atol=atol)
+    assert_close(value, expected("critic_trunk", "value_head")[..., 0], atol=atol)
 
 
 def test_the_number_of_parameters_in_closed_form():
@@ -176,11 +179,11 @@ def test_the_critic_moves_the_torso_only_where_it_is_shared(shared_torso):
         }
 
     if shared_torso:
-        assert touched(critic) == {"actor_torso", "value_head"}
-        assert touched(actor) == {"actor_torso", "policy_head"}
+        assert touched(critic) == {"actor_trunk", "value_head"}
+        assert touched(actor) == {"actor_trunk", "policy_head"}
     else:
-        assert touched(critic) == {"critic_torso", "value_head"}
-        assert touched(actor) == {"actor_torso", "policy_head"}
+        assert touched(critic) == {"critic_trunk", "value_head"}
+        assert touched(actor) == {"actor_trunk", "policy_head"}
 
 
 # The value of what followed.
@@ -311,7 +314,9 @@ def test_any_network_with_a_critic_method_can_be_applied_to_a_trajectory():
     trajectory = SimpleNamespace(
         observation_tm1=jnp.array([[1.0], [2.0], [7.0]]),
         observation_t=jnp.array([[2.0], [3.0], [8.0]]),
+        terminated_t=jnp.array([False, False, False]),
         truncated_t=jnp.array([False, True, False]),
+        carry=(),
     )
     _, v_tm1, v_t = trajectory_apply(Oracle())({}, trajectory)
     chex.assert_trees_all_equal(v_tm1, jnp.array([10.0, 20.0, 70.0]))

@@ -27,6 +27,7 @@ class Scripted:
 
     name = "Scripted"
     num_actions = 2
+    continuous = False
     observation_shape = (3,)
 
     class State(NamedTuple):
@@ -67,9 +68,9 @@ class Scripted:
 LENGTHS = ((3, 1, 7, 2), (5, 5, 1, 1), (1, 2, 3, 4), (11, 2, 1, 6))
 
 
-def parity(key, observation):
+def parity(key, observation, carry):
     """A deterministic policy: the parity of the step."""
-    return (observation[:, 2] % 2).astype(jnp.int32)
+    return (observation[:, 2] % 2).astype(jnp.int32), carry
 
 
 def expected_episodes(lengths, num_steps):
@@ -187,8 +188,8 @@ class Noise(Scripted):
         return transition._replace(observation=draw, final_observation=draw)
 
 
-def noisy(key, observation):
-    return jax.random.bits(key, observation.shape, jnp.uint32)
+def noisy(key, observation, carry):
+    return jax.random.bits(key, observation.shape, jnp.uint32), carry
 
 
 def test_no_two_steps_copies_segments_or_workers_share_random_numbers():
