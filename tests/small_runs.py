@@ -23,7 +23,9 @@ OPTIMIZERS = ["adam", "momentum", "shared_rmsprop", "rmsprop"]
 
 _BUDGETS = {"max_steps": 10**6, "max_episodes": None, "solved_return": None, "solved_window": 100}
 _OF_THE_STEP = ("environment", "envs_per_worker", "t_max", "discount", "critic_cost", "entropy_cost",
-                "terminal_reward", "hidden_sizes", "activation", "shared_torso")  # fmt: skip
+                "terminal_reward", "hidden_sizes", "activation", "shared_torso", "gae_lambda", "reward_clip",
+                "normalize_observations", "normalize_rewards", "torso", "core", "core_size",
+                "action_bounds", "state_dependent_scale")  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
