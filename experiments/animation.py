@@ -19,6 +19,9 @@ def animate(path: Path, result: Any, max_steps: int = 200) -> None:
     environment = result.environment
     try:
         visualizer = Visualizer(environment.gymnax, environment.params, states, np.cumsum(rewards))
+        visualizer.init()
+        if not hasattr(visualizer, "im"):  # it draws empty axes for what it does not know
+            raise ValueError(f"gymnax cannot draw {environment.name}")
         visualizer.animate(str(path))
     except Exception as error:  # whatever a drawing library raises, the run is complete without it
         print(f"no GIF: {type(error).__name__}: {error}")

@@ -1,5 +1,7 @@
 """The experiments from their command lines, as a user types them."""
 
+import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -7,14 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
+from PIL import Image
 
 import a3c_jax
+from a3c_jax.agent import make_blueprint
 from a3c_jax.checkpoints import find
-from experiments.plotting import running_mean
+from a3c_jax.metrics import EpisodeLog
+from experiments import curves, runner, tasks  # noqa: F401  (registers its environments)
+from experiments.plotting import _mean_in_intervals, running_mean
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--max-steps", "2000", "--num-workers", "2", "--evaluation-episodes", "5"]
@@ -147,3 +154,86 @@ def test_the_running_mean_is_that_of_the_last_values():
     values = np.array([1.0, 3.0, 5.0, 7.0])
     np.testing.assert_allclose(running_mean(values, 2), [1.0, 2.0, 4.0, 6.0])
     np.testing.assert_allclose(running_mean(values, 10), [1.0, 2.0, 3.0, 4.0])
+
+
+# Presets and pictures.
+
+SCRIPTS = ["article", "cartpole", "memory", "minatar", "pendulum"]
+
+
+def presets(script):
+    module = importlib.import_module(f"experiments.{script}")
+    return getattr(module, "PRESETS", None) or {script: module.DEFAULTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_preset_describes_an_agent(script):
+    for config in presets(script).values():
+        blueprint = make_blueprint(config)
+        state = jax.eval_shape(blueprint.start, 0, 0)
+        params = jax.eval_shape(blueprint.init, 0, state.observation)
+        jax.eval_shape(blueprint.worker_step, params, state)
+
+
+def test_a_preset_is_the_default_that_options_change(tmp_path, capsys):
+    sizes = ["--envs-per-worker", "2", "--hidden-sizes", "4", "--max-steps", "40", "--no-progress"]
+    rest = ["--evaluation-episodes", "1", "--run-dir", str(tmp_path / "run")]
+    made = runner.main(
+        "pendulum", "", presets("pendulum"), arguments=["--preset", "mountain-car", *sizes, *rest]
+    )
+    config = a3c_jax.A3CConfig(**json.loads((made / "config.json").read_text()))
+    chosen = presets("pendulum")["mountain-car"]
+    changed = {"envs_per_worker": 2, "hidden_sizes": (4,), "max_steps": 40}
+    assert config == dataclasses.replace(chosen, **changed)
+    with pytest.raises(SystemExit):
+        runner.main("pendulum", "About it.", presets("pendulum"), arguments=["--help"])
+    assert "Presets: pendulum, mountain-car." in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("environment", "drawn"), [("Catch-bsuite", True), ("UmbrellaChain-bsuite", False)]
+)
+def test_a_gif_of_the_policy_playing_where_gymnax_can_draw_it(tmp_path, capsys, environment, drawn):
+    config = a3c_jax.A3CConfig(
+        environment=environment, num_workers=1, envs_per_worker=2, hidden_sizes=(4,), max_steps=32
+    )
+    rest = ["--gif", "--no-progress", "--evaluation-episodes", "1"]
+    made = runner.main(
+        "test", "", {"test": config}, arguments=[*rest, "--run-dir", str(tmp_path / "run")]
+    )
+    assert (made / "summary.json").exists()
+    assert (made / "play.gif").exists() == drawn
+    if drawn:
+        with Image.open(made / "play.gif") as gif:
+            assert gif.n_frames == 9  # a ball that falls through ten rows
+    else:
+        assert "no GIF: " in capsys.readouterr().out
+
+
+def test_the_curves_of_several_runs_in_one_picture(tmp_path, capsys, monkeypatch):
+    for seed, environment in enumerate(["Catch-bsuite", "Catch-bsuite", "Breakout-MinAtar"]):
+        log = EpisodeLog(
+            worker=np.zeros(5, np.int32),
+            episode_return=np.arange(5.0) + seed,
+            length=np.ones(5, np.int32),
+            environment_steps=100 * np.arange(1, 6),
+            seconds=np.arange(5.0),
+        )
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        np.savez(folder / "episodes.npz", **log._asdict())
+        (folder / "config.json").write_text(json.dumps({"environment": environment}))
+    picture = tmp_path / "curves.png"
+    folders = [str(tmp_path / f"run{seed}") for seed in range(3)]
+    monkeypatch.setattr(sys, "argv", ["curves", *folders, "--output", str(picture)])
+    curves.main()
+    assert "Catch-bsuite: mean return of the last 100 episodes: 2.0, 3.0" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_mean_in_each_interval_of_steps():
+    log = EpisodeLog(*[np.zeros(4)] * 5)._replace(
+        environment_steps=np.array([5, 10, 11, 40]), episode_return=np.array([1.0, 3.0, 7.0, 9.0])
+    )
+    means = _mean_in_intervals(log, np.array([0.0, 10.0, 20.0, 30.0, 40.0]))
+    np.testing.assert_array_equal(means, [2.0, 7.0, 7.0, 9.0])

@@ -418,6 +418,43 @@ def test_the_a3c_loss_is_the_weighted_sum_of_its_parts(shape):
     assert metrics["entropy"] == -metrics["entropy_loss"] > 0.0
 
 
+@pytest.mark.parametrize("lambda_", [0.0, 0.7, 1.0])
+def test_lambda_gives_generalised_advantage_estimation(lambda_):
+    trajectory, params = random_trajectory((9, 4), 3), linear_params()
+    first = trajectory.observation_tm1[:1]  # what followed a step is what the next one acts upon
+    observation_tm1 = np.concatenate([first, trajectory.observation_t[:-1]])
+    trajectory = trajectory._replace(observation_tm1=observation_tm1)
+    assert trajectory.truncated_t[:-1].any() and trajectory.terminated_t.any()
+    loss, metrics = a3c_loss(params, linear_apply, trajectory, discount=0.9, lambda_=lambda_)
+    distribution, v_tm1, v_t = linear_apply(params, trajectory)
+    log_prob = np.asarray(distribution.log_prob(trajectory.action_tm1))
+    advantage = np.zeros((10, 4))
+    for t in reversed(range(9)):  # Schulman et al. 2016, equation 16, cut at every end
+        alive, cut = ~trajectory.terminated_t[t], trajectory.truncated_t[t]
+        delta = trajectory.reward_t[t] + 0.9 * alive * v_t[t] - v_tm1[t]
+        advantage[t] = delta + 0.9 * lambda_ * (alive & ~cut) * advantage[t + 1]
+    assert_close(metrics["actor_loss"], -(log_prob * advantage[:-1]).mean())
+    assert_close(metrics["critic_loss"], 0.5 * np.square(advantage[:-1]).mean())
+    assert np.isfinite(loss)
+    if lambda_ == 1.0:
+        assert loss == a3c_loss(params, linear_apply, trajectory, discount=0.9)[0]
+
+
+def test_without_a_time_limit_the_lambda_of_the_a3c_loss_is_that_of_rlax():
+    params, trajectory = linear_params(), random_trajectory((9,))
+    stream = random_normal((10, 4), 5)
+    trajectory = trajectory._replace(
+        observation_tm1=stream[:-1], observation_t=stream[1:], truncated_t=jnp.zeros(9, bool)
+    )
+    assert trajectory.terminated_t[:-1].any()
+    _, metrics = a3c_loss(params, linear_apply, trajectory, discount=0.9, lambda_=0.8)
+    expected = rlax.truncated_generalized_advantage_estimation(
+        trajectory.reward_t, 0.9 * (1.0 - trajectory.terminated_t), 0.8, stream @ params["critic"]
+    )
+    assert_close(metrics["mean_advantage"], expected.mean())
+    assert_close(metrics["critic_loss"], 0.5 * jnp.square(expected).mean())
+
+
 def test_the_a3c_loss_takes_continuous_actions_of_one_more_dimension():
     params, trajectory = linear_params(num_actions=2), random_trajectory()
     trajectory = trajectory._replace(action_tm1=trajectory.observation_t[..., :2])

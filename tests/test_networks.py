@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from a3c_jax import A3CConfig
+from a3c_jax.agent import make_blueprint
 from a3c_jax.distributions import Categorical
 from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import ACTIVATIONS, ActorCritic, trajectory_apply
@@ -322,3 +324,45 @@ def test_any_network_with_a_critic_method_can_be_applied_to_a_trajectory():
     chex.assert_trees_all_equal(v_tm1, jnp.array([10.0, 20.0, 70.0]))
     # On to 2; cut at 3, before the reset to 7; on past the end of the segment to 8.
     chex.assert_trees_all_equal(v_t, jnp.array([20.0, 30.0, 80.0]))
+
+
+# Images.
+
+
+@pytest.mark.parametrize("channels", [4, 10])
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])
+def test_the_convolution_is_that_of_young_and_tian_for_any_type_of_pixels(channels, dtype):
+    network = ActorCritic(3, (128,), activation="relu", torso="conv", shared_torso=True)
+    images = np.random.default_rng(0).random((4, 2, 10, 10, channels)) < 0.3
+    params = random_params(network, images[0])
+    torso = params["params"]["actor_trunk"]["torso"]
+    assert torso["Conv_0"]["kernel"].shape == (3, 3, channels, 16)
+    assert torso["Dense_0"]["kernel"].shape == (8 * 8 * 16, 128)
+
+    distribution, value = network.apply(params, jnp.asarray(images.astype(dtype)))
+    assert distribution.logits.shape == (4, 2, 3) and value.shape == (4, 2)
+    kernel, bias = (np.asarray(torso["Conv_0"][name], np.float64) for name in ("kernel", "bias"))
+    patches = np.lib.stride_tricks.sliding_window_view(images.astype(float), (3, 3), axis=(2, 3))
+    x = np.maximum(np.einsum("abhwcij,ijck->abhwk", patches, kernel) + bias, 0.0)
+    for layer, weights in ((torso["Dense_0"], True), (params["params"]["value_head"], False)):
+        x = x.reshape(4, 2, -1) @ np.asarray(layer["kernel"], np.float64) + layer["bias"]
+        x = np.maximum(x, 0.0) if weights else x
+    assert_close(value, x[..., 0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "torso", "expected"),
+    [
+        ("Asterix-MinAtar", "auto", "Conv_0"),
+        ("Asterix-MinAtar", "mlp", "Dense_0"),
+        ("Catch-bsuite", "auto", "Dense_0"),
+        ("FourRooms-misc", "auto", "Dense_0"),
+    ],
+)
+def test_images_of_ten_by_ten_get_the_convolution_unless_told_otherwise(
+    environment, torso, expected
+):
+    blueprint = make_blueprint(A3CConfig(environment=environment, torso=torso, hidden_sizes=(8,)))
+    observation = jnp.zeros(blueprint.environment.observation_shape)
+    params = jax.eval_shape(blueprint.init, 0, observation)
+    assert expected in params["params"]["actor_trunk"]["torso"]
