@@ -34,7 +34,7 @@ def compile_fused(function: Callable[..., Any], *arguments: Any) -> Callable[...
     """Compiles a function into a single kernel, or as `jax.jit` does where XLA cannot.
 
     It cannot where the backend is no CPU, where its version does not know how, or where the program holds
-    something that only exists as a kernel of its own (a scatter, a sort, a convolution). Either way the
+    something that only exists as a kernel of its own (a scatter, a sort, or a long vector that XLA splits over its thread pool). Either way the
     function computes the same, but for the last bits of floats.
 
     Args:

@@ -77,12 +77,17 @@ def scale(values: Array, moments: Moments) -> Array:
     return jnp.clip(values / standard_deviation(moments), -_LIMIT, _LIMIT)
 
 
+def held(params: Any) -> dict[str, Moments]:
+    """The moments in a parameter tree, by name; constants to the gradient."""
+    return jax.lax.stop_gradient(params.get(STATISTICS, {})) if isinstance(params, dict) else {}
+
+
 def normalize_observation(params: Any, observation: Array) -> Array:
     """The observation as the network is to see it: normalised where the parameters hold its moments."""
-    statistics = params.get(STATISTICS, {}) if hasattr(params, "get") else {}
-    if "observation" not in statistics:
-        return observation
-    return normalize(observation, jax.lax.stop_gradient(statistics["observation"]))
+    moments = held(params)
+    return (
+        normalize(observation, moments["observation"]) if "observation" in moments else observation
+    )
 
 
 def merging(

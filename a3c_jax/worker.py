@@ -73,16 +73,16 @@ def make_worker_step(
             distribution, carry = functions.act(params, observation, carry)
             return distribution.sample(key), carry
 
-        moving = params.get(moments.STATISTICS, {}) if hasattr(params, "get") else {}
+        shared = moments.held(params)
         fresh_carry = functions.initialize_carry(state.observation.shape[0])
         state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max, fresh_carry)
         statistics: dict[str, Any] = {}
-        if "observation" in moving:
+        if "observation" in shared:
             statistics["observation"] = moments.of(trajectory.observation_tm1, 2)
         reward_t = trajectory.reward_t
-        if "reward" in moving:
+        if "reward" in shared:
             state, statistics["reward"] = _discounted_returns(state, trajectory, discount)
-            reward_t = moments.scale(reward_t, params[moments.STATISTICS]["reward"])
+            reward_t = moments.scale(reward_t, shared["reward"])
         if terminal_reward is not None:
             reward_t = jnp.where(trajectory.terminated_t, terminal_reward, reward_t)
         if reward_clip is not None:

@@ -1,5 +1,6 @@
 """A GIF of a policy playing, drawn by gymnax."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ def animate(path: Path, result: Any, max_steps: int = 200) -> None:
     Where gymnax cannot draw the environment, or pygame is missing that it draws with, the reason is printed.
     """
     states, rewards = play(result, max_steps)
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame looks for a sound card otherwise
     from gymnax.visualize import Visualizer
 
     environment = result.environment
