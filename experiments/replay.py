@@ -60,6 +60,7 @@ def _replay(checkpoint: Any, schedule: Any, **options: Any) -> Any:
     from tqdm import tqdm
 
     from a3c_jax import training
+    from experiments import tasks  # noqa: F401  (registers them)
 
     on_update = options.pop("on_update", None)
     total = len(schedule.worker[: options.get("until")])

@@ -290,6 +290,15 @@ OTHER_VALUES = {
     "envs_per_worker": 3,
     "t_max": 5,
     "discount": 0.5,
+    "gae_lambda": 0.5,
+    "normalize_observations": True,
+    "normalize_rewards": True,
+    "reward_clip": 1.0,
+    "torso": "mlp",
+    "core": "lstm",
+    "core_size": 3,
+    "action_bounds": "tanh",
+    "state_dependent_scale": False,
     "critic_cost": 0.1,
     "entropy_cost": 0.1,
     "terminal_reward": -1.0,
@@ -307,7 +316,12 @@ OTHER_VALUES = {
     "shared_torso": True,
     "solved_window": 6,
 }
-BUDGETS = {"max_steps": 1_000, "max_episodes": 5, "solved_return": 1.0}
+BUDGETS = {
+    "max_steps": 1_000,
+    "max_episodes": 5,
+    "solved_return": 1.0,
+    "max_concurrent_workers": 3,
+}
 
 
 def test_the_fields_below_are_all_there_are():

@@ -266,7 +266,7 @@ def run_replay(monkeypatch, capsys):
     def run(*arguments, environment=None):
         monkeypatch.setattr(sys, "argv", ["replay", *map(str, arguments)])
         if environment is not None:
-            monkeypatch.setattr(environments, "make", lambda name: environment)
+            monkeypatch.setattr(environments, "make", lambda name, **_: environment)
         try:
             command.main()
             code = 0
@@ -426,10 +426,13 @@ def test_the_command_goes_on_to_the_update_that_failed(run_replay, tmp_path, num
     environment = Walk(np.nan, bad_from=60)
     config = small(environment=f"Walk-fails-{num_workers}", num_workers=num_workers)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(environments, "make", lambda name: environment)
+        patch.setattr(environments, "make", lambda name, **_: environment)
         with pytest.raises(SystemExit) as caught:
             runner.main(
-                "walk", "", config, arguments=["--run-dir", str(tmp_path / "run"), "--no-progress"]
+                "walk",
+                "",
+                {"walk": config},
+                arguments=["--run-dir", str(tmp_path / "run"), "--no-progress"],
             )
     assert caught.value.code == 1
     failure = json.loads((tmp_path / "run" / "failure.json").read_text())
@@ -460,10 +463,13 @@ def test_the_command_finds_a_run_that_failed_for_another_reason_identical_up_to_
 
     monkeypatch.setattr(PackedWorkerStep, "__call__", fail)
     config = small(environment="Walk-lost", num_workers=2)
-    monkeypatch.setattr(environments, "make", lambda name: WALK)
+    monkeypatch.setattr(environments, "make", lambda name, **_: WALK)
     with pytest.raises(SystemExit):
         runner.main(
-            "walk", "", config, arguments=["--run-dir", str(tmp_path / "run"), "--no-progress"]
+            "walk",
+            "",
+            {"walk": config},
+            arguments=["--run-dir", str(tmp_path / "run"), "--no-progress"],
         )
     code, output = run_replay(tmp_path / "run")
     assert (code, "identical:" in output) == (0, True), output

@@ -226,7 +226,7 @@ def test_a_row_that_cannot_be_ends_the_run_where_the_configuration_says_stop(map
     assert np.flatnonzero(stopped.applied).tolist() == list(range(IMPOSSIBLE))
     before = slice(IMPOSSIBLE)
     np.testing.assert_array_equal(stopped.num_episodes[before], whole.num_episodes[before])
-    assert whole.num_episodes[IMPOSSIBLE] > 0 and not stopped.num_episodes[IMPOSSIBLE:].any()
+    assert whole.num_episodes[IMPOSSIBLE:].any() and not stopped.num_episodes[IMPOSSIBLE:].any()
 
 
 def test_the_final_return_is_the_mean_over_episodes_of_the_last_updates():

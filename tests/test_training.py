@@ -311,11 +311,6 @@ def test_an_unknown_environment_is_refused_with_near_matches():
         a3c_jax.train(A3CConfig(environment="Cartpole-v1"))
 
 
-def test_a_continuous_environment_is_refused_clearly():
-    with pytest.raises(ValueError, match="only discrete actions are supported"):
-        a3c_jax.train(A3CConfig(environment="Pendulum-v1"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 4, 16])
 def test_cartpole_is_solved_by_one_and_by_many_workers(num_workers):
