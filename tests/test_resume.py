@@ -323,7 +323,7 @@ call = PackedWorkerStep.__call__
 
 def long(self, params, state):
     if threading.current_thread().name.startswith("a3c-worker"):
-        sys.stdout.write("a segment begins\n")  # print would mix two threads' lines
+        sys.stdout.write("a segment begins\\n")  # print would mix two threads' lines
         sys.stdout.flush()
         time.sleep(1000.0)
     return call(self, params, state)
