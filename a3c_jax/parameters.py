@@ -241,13 +241,13 @@ class SharedParameters:
         opt_state, _ = self._packing.unpack(packed_opt_state)
         updates, opt_state = self._optimizer.update(gradients, opt_state, params, worker=worker)
         new_params = optax.apply_updates(params, updates)
-        finite = _all_finite((gradients, new_params, opt_state))
+        finite = all_finite((gradients, new_params, opt_state))
         new = (new_params, self._packing.pack((opt_state, finite)))
         old = (params, packed_opt_state.at[-1].set(0))
         return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
 
-def _all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> jax.Array:
     """Whether no floating-point number in the tree is NaN or infinite, a scalar bool."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     # The difference is zero for a finite number and NaN otherwise; its sum is the cheapest test.

@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 from a3c_jax import environments
 from a3c_jax.agent import make_blueprint
 from a3c_jax.config import A3CConfig
-from a3c_jax.parameters import Schedule
+from a3c_jax.parameters import Schedule, all_finite
 
 Array = jax.Array
 
@@ -121,7 +121,7 @@ def make_simulation(
             )
             new_params = optax.apply_updates(params, updates)
 
-            applied = possible & _all_finite((flat_gradients, new_params, new_opt_state))
+            applied = possible & all_finite((flat_gradients, new_params, new_opt_state))
             runs &= applied | skips
             applied &= runs
             params, opt_state = jax.tree.map(
@@ -286,8 +286,3 @@ def _check_schedule(schedule: Schedule, num_workers: int, max_staleness: int) ->
             f"the schedule's staleness must be at most max_staleness {max_staleness}, got "
             f"{staleness}; make the simulation with a larger one."
         )
-
-
-def _all_finite(tree: Any) -> Array:
-    """Whether every number in the tree is finite, a scalar bool."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -23,6 +23,7 @@ import tyro
 
 from a3c_jax.config import A3CConfig, available_cores
 from experiments import article
+from experiments.runner import make_run_dir
 
 if TYPE_CHECKING:
     from experiments.measure import Measurement
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> Path:
         ):  # fmt: skip
             measure.check_positive(name, getattr(parsed, name), example)
         parsed.breakdowns()
-        run_dir = measure.make_run_dir("benchmark", parsed.run_dir)
+        run_dir = make_run_dir("benchmark", parsed.run_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -335,18 +335,6 @@ def check_positive(name: str, values: Any, example: Any) -> None:
             raise ValueError(f"{name} must be positive, got {value}; give {example}.")
 
 
-def make_run_dir(name: str, wanted: Path | None) -> Path:
-    """Makes a folder that did not exist before: the one wanted, or a new one under runs/."""
-    run_dir = wanted or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError:
-        raise FileExistsError(
-            f"run_dir must not exist, got {run_dir}; choose another name or remove it."
-        ) from None
-    return run_dir
-
-
 class _Own(threading.local):
     """A thread's own stamps."""
 

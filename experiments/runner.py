@@ -110,7 +110,7 @@ def main(
         if options.resume is not None and checkpoint is not None and options.resume.is_dir():
             run_dir = _continue_in(options.resume, options.run_dir, checkpoint.environment_steps)
         else:
-            run_dir = _make_run_dir(name, config, options.run_dir)
+            run_dir = make_run_dir(f"{name}-seed{config.seed}", options.run_dir)
         checkpoints = CheckpointFolder(
             run_dir / "checkpoints",
             every_seconds=options.checkpoint_seconds,
@@ -255,10 +255,10 @@ def _evaluate(result: Any, num_episodes: int) -> dict[str, dict[str, float]]:
     return evaluations
 
 
-def _make_run_dir(name: str, config: A3CConfig, wanted: Path | None) -> Path:
-    """Makes a folder that did not exist before."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_dir = wanted or Path("runs") / f"{name}-seed{config.seed}-{stamp}"
+def make_run_dir(name: str, wanted: Path | None) -> Path:
+    """Makes a folder that did not exist before: the one wanted, or a new one under runs/."""
+    fresh = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = wanted or Path("runs") / fresh
     for attempt in range(2, 1000):
         try:
             run_dir.mkdir(parents=True)
@@ -268,7 +268,7 @@ def _make_run_dir(name: str, config: A3CConfig, wanted: Path | None) -> Path:
                 raise FileExistsError(
                     f"run_dir must not exist, got {run_dir}; choose another name or remove it."
                 ) from None
-            run_dir = run_dir.with_name(f"{name}-seed{config.seed}-{stamp}-{attempt}")
+            run_dir = run_dir.with_name(f"{fresh}-{attempt}")
     raise FileExistsError(f"run_dir {run_dir} and all its like exist; give --run-dir.")
 
 

@@ -36,6 +36,7 @@ import tyro
 
 from a3c_jax.config import A3CConfig, available_cores
 from experiments.benchmark import parse_segment
+from experiments.runner import make_run_dir
 
 if TYPE_CHECKING:
     from experiments.measure import Measurement
@@ -174,7 +175,7 @@ def main(arguments: list[str] | None = None) -> Path:
             raise ValueError(
                 f"workers must hold 1 and a larger number, got {parsed.workers}; give 1 2."
             )
-        run_dir = measure.make_run_dir("scaling", parsed.run_dir)
+        run_dir = make_run_dir("scaling", parsed.run_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

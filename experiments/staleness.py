@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 
 from a3c_jax.config import A3CConfig, Optimizer, available_cores
+from experiments.runner import make_run_dir
 
 RATES: dict[str, tuple[float, ...]] = {
     "adam": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -157,7 +158,6 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     try:
         parsed = tyro.cli(Arguments, description=__doc__, args=arguments)
         from a3c_jax import environments  # after the command line: --help answers at once
-        from experiments.measure import make_run_dir
 
         environments.make(parsed.environment)
         run_dir = make_run_dir("staleness", parsed.run_dir)
