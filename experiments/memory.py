@@ -8,15 +8,14 @@ from experiments.runner import main
 
 PRESETS = {
     "chain": A3CConfig(
-        environment="MemoryChain-bsuite?memory_length=10&num_bits=3",
+        environment="MemoryChain-bsuite?memory_length=10&num_bits=2",
         envs_per_worker=32,
         t_max=12,
         core="lstm",
         core_size=32,
-        entropy_cost=0.3,  # with less, it is soon sure of an answer that is right for some of the bits only
-        learning_rate=3e-3,
+        entropy_cost=0.1,  # with less, it may soon be sure of an answer that is right for some of the bits only
         learning_rate_schedule="linear",
-        max_steps=4_000_000,
+        max_steps=2_000_000,
     ),
     "cartpole": A3CConfig(
         environment="CartPole-positions",  # the velocities are hidden
