@@ -191,7 +191,8 @@ def test_a_preset_is_the_default_that_options_change(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("environment", "drawn"), [("Catch-bsuite", True), ("UmbrellaChain-bsuite", False)]
+    ("environment", "drawn"),
+    [("Catch-bsuite", True), pytest.param("UmbrellaChain-bsuite", False, marks=pytest.mark.slow)],
 )
 def test_a_gif_of_the_policy_playing_where_gymnax_can_draw_it(tmp_path, capsys, environment, drawn):
     config = a3c_jax.A3CConfig(

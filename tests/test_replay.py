@@ -17,6 +17,7 @@ from small_runs import (
     shared_programs,  # noqa: F401
     small,
     train,
+    train_together,
     words,
 )
 
@@ -41,8 +42,7 @@ def test_a_replay_is_the_run_bit_for_bit(optimizer, num_workers):
 
 def test_a_replay_of_cartpole_with_many_environments_is_the_run_bit_for_bit():
     config = small(num_workers=3, envs_per_worker=8, t_max=5, max_steps=8_000)
-    result = a3c_jax.train(config)
-    assert set(result.schedule.worker) == {0, 1, 2}
+    result = train_together(config)
     assert_equal_runs(a3c_jax.replay(config, result.schedule), result)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_runs import train_together
 
 import a3c_jax
 from a3c_jax import A3CConfig, simulation
@@ -119,9 +120,7 @@ WORKERS = config(num_workers=3, seed=2, learning_rate=0.02, optimizer="rmsprop")
 
 @pytest.fixture(scope="module")
 def threaded():
-    # So short a run may be over before a second thread has begun: that would show little.
-    runs = (a3c_jax.train(WORKERS) for _ in range(20))
-    return next(run for run in runs if len(set(run.schedule.worker)) > 1)
+    return train_together(WORKERS)
 
 
 @pytest.fixture(scope="module")
