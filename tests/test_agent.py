@@ -163,10 +163,11 @@ def test_the_worker_step_has_the_configurations_numbers():
         "critic_cost": 0.3,
         "entropy_cost": 0.2,
         "terminal_reward": -3.0,
+        "reward_clip": 0.6,
     }
-    config = A3CConfig(num_workers=1, envs_per_worker=3, **numbers)
+    config = A3CConfig(num_workers=1, envs_per_worker=3, gae_lambda=0.4, **numbers)
     agent = make_agent(config, environment=PROBE, network=Linear())
-    expected = kernels.jit_for_one_call(make_worker_step(PROBE, Linear(), **numbers))
+    expected = kernels.jit_for_one_call(make_worker_step(PROBE, Linear(), lambda_=0.4, **numbers))
     arguments = agent.params, agent.states[0]
     gradients, _, (metrics, episodes) = kernels.jit_for_one_call(agent.worker_step)(*arguments)
     expected_gradients, _, expected_statistics = expected(*arguments)

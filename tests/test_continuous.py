@@ -96,6 +96,16 @@ def test_the_first_policy_has_the_standard_deviation_one_everywhere(state_depend
     assert np.ptp(distribution.scale) > 0 if state_dependent else np.ptp(distribution.scale) == 0
     names = set(params["params"])
     assert ("scale_head" in names, "log_scale" in names) == (state_dependent, not state_dependent)
+    # A layer that says x gives the softplus of x, but for a constant and the smallest deviation.
+    raised = jax.tree.map(lambda x: x, params)
+    raised["params"][names.intersection({"log_scale", "scale_head"}).pop()] = (
+        {"kernel": jnp.zeros((16, 2)), "bias": jnp.array([2.0, -1.0])}
+        if state_dependent
+        else jnp.array([2.0, -1.0])
+    )
+    scale = network.apply(raised, observation)[0].scale[0]
+    expected = np.log1p(np.exp([2.5413, -0.4587])) + 1e-3 if state_dependent else np.exp([2, -1])
+    np.testing.assert_allclose(scale, expected, rtol=1e-5)
     # However far the layer's output falls, the deviation stays positive.
     low = jax.tree.map(lambda x: x - 1e4, params)
     assert (network.apply(low, observation)[0].scale > 0).all() == state_dependent

@@ -19,6 +19,21 @@ from a3c_jax.worker import PackedWorkerStep, Statistics
 
 TIMEOUT = 30.0
 
+
+def test_rewards_are_clipped_for_learning_and_reported_as_they_were():
+    large = Probe(2, lambda sign, action, last: 3.0 * sign + 0.5 * last)
+    clipped = Probe(2, lambda sign, action, last: jnp.clip(3.0 * sign + 0.5 * last, -0.7, 0.7))
+    config = A3CConfig(
+        num_workers=1, envs_per_worker=4, t_max=6, hidden_sizes=(4,), reward_clip=0.7
+    )
+    agent, same = make_agent(config, environment=large), make_agent(config, environment=clipped)
+    gradients, _, (_, episodes) = jax.jit(agent.worker_step)(agent.params, agent.states[0])
+    expected, _, _ = jax.jit(same.worker_step)(same.params, same.states[0])
+    chex.assert_trees_all_close(gradients, expected, rtol=1e-6)
+    returns = np.asarray(episodes.episode_return)[np.asarray(episodes.ended)]
+    assert set(returns.tolist()) == {6.5, -5.5}
+
+
 # First a worker step whose results can be told beforehand. Which episodes end is part of its state.
 
 T, N, P = 3, 4, 5
