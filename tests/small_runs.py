@@ -6,6 +6,7 @@ takes a second. `shared_programs` keeps what a configuration builds, all of it p
 
 import dataclasses
 import functools
+import threading
 
 import chex
 import jax
@@ -94,10 +95,26 @@ _updates = {}
 
 
 def train_together(config, **arguments):
-    """A run to which every worker contributed: so short a one may be over before a thread has begun."""
-    runs = (a3c_jax.train(config, **arguments) for _ in range(50))
-    everyone = set(range(config.num_workers))
-    return next(run for run in runs if set(run.schedule.worker) == everyone)
+    """A run to which every worker contributes: none plays on before all have begun their first segment."""
+    everyone = threading.Barrier(config.num_workers)
+
+    class Together(training.WorkerThreads):
+        def __init__(self, step, *arguments, max_running, **rest):
+            begun = threading.local()
+
+            def with_everyone(params, state):
+                if not hasattr(begun, "by_this_thread"):
+                    begun.by_this_thread = True
+                    everyone.wait(60)
+                return step(params, state)
+
+            super().__init__(with_everyone, *arguments, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "WorkerThreads", Together)
+        result = a3c_jax.train(config, **arguments)
+    assert set(result.schedule.worker) == set(range(config.num_workers))
+    return result
 
 
 class Walk:

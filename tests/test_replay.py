@@ -103,8 +103,12 @@ def test_a_run_that_went_on_under_another_budget_replays_with_its_best_too(
 ):
     # The mean return rises and falls: a budget met long ago, in the middle of the run.
     config = small(num_workers=num_workers, max_steps=1_600)
-    first = train(config, checkpoints=CheckpointFolder(tmp_path))
-    checkpoint = find(tmp_path)
+    for attempt in range(20):  # threads are not two times the same: one may end at its best
+        folder = tmp_path / str(attempt)
+        first = train(config, checkpoints=CheckpointFolder(folder))
+        checkpoint = find(folder)
+        if checkpoint.mean_return < first.best_mean_return:
+            break
     assert checkpoint.mean_return < first.best_mean_return
     budgets = {
         "max_episodes": {"max_episodes": len(first.episodes.length) + 20},

@@ -14,6 +14,7 @@ import a3c_jax
 from a3c_jax import A3CConfig, agent
 from a3c_jax.agent import make_agent
 from a3c_jax.environments import Transition
+from a3c_jax.simulation import round_robin
 from a3c_jax.worker import PackedWorkerStep, make_worker_step
 
 SMALL = {"num_workers": 2, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,)}
@@ -164,8 +165,8 @@ def test_one_worker_is_reproducible_bit_for_bit():
 
 def test_workers_play_differently_from_the_start():
     # With parameters that hardly move, workers with equal keys would play equal episodes.
-    config = A3CConfig(**SMALL | {"num_workers": 3}, learning_rate=1e-12, max_steps=20_000)
-    episodes = a3c_jax.train(config).episodes
+    config = A3CConfig(**SMALL | {"num_workers": 3}, learning_rate=1e-12)
+    episodes = a3c_jax.replay(config, round_robin(3, 600)).episodes
     returns = [tuple(episodes.episode_return[episodes.worker == w][:20]) for w in range(3)]
     assert all(len(r) == 20 for r in returns)
     assert len(set(returns)) == 3
