@@ -9,6 +9,7 @@ PRESETS = {
         envs_per_worker=16,
         t_max=10,
         hidden_sizes=(64, 64),
+        state_dependent_scale=False,
         discount=0.95,
         gae_lambda=0.95,
         entropy_cost=1e-4,
