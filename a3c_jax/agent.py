@@ -167,6 +167,7 @@ def _describe_network(config: A3CConfig, environment: environments.Environment) 
         torso=torso,
         core=config.core,
         core_size=config.core_size,
+        forget_bias=config.forget_bias,
         state_dependent_scale=config.state_dependent_scale,
     )
 

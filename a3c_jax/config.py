@@ -96,6 +96,8 @@ class A3CConfig:
     """A recurrent core between torso and heads, for tasks that need memory: lstm (the paper's) or gru; None is feed-forward."""
     core_size: int = 256
     """Width of the recurrent core; 256 in the paper."""
+    forget_bias: float = 1.0
+    """Where the bias of the gate starts that keeps what the core remembers (the LSTM's forget gate, the GRU's update gate): for longer memories, more; 0 keeps half at every step."""
     action_bounds: ActionBounds = "clip"
     """How a continuous action fits the environment's bounds: clipped, or squashed by tanh. Its log-probability is that of the number before."""
     state_dependent_scale: bool = True
@@ -132,6 +134,7 @@ class A3CConfig:
             self._check_float(
                 name, lambda x: x >= 0, "must be >= 0", f"use {default}, or 0 for none"
             )
+        self._check_float("forget_bias", lambda _: True, "must be a number", "use 1.0")
         self._check_float("learning_rate", lambda x: x > 0, "must be > 0", "use 2e-3")
         for name, default in (("momentum", 0.9), ("rmsprop_decay", 0.99)):
             self._check_float(name, lambda x: 0 <= x < 1, "must lie in [0, 1)", f"use {default}")

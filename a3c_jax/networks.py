@@ -33,6 +33,9 @@ _VALUE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"
 _TORSO_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
 
+# The gate that keeps what a core remembers: the LSTM's forget gate, the GRU's update gate.
+_KEEPING_GATES = {"lstm": "hf", "gru": "iz"}
+
 _SCALE_OFFSET = 0.5413  # softplus of it is one: the first policy has the standard deviation one
 _MIN_SCALE = 1e-3
 
@@ -156,6 +159,8 @@ class ActorCritic(nn.Module):
       torso: `mlp` or `conv`.
       core: None, `lstm` or `gru`.
       core_size: the core's width.
+      forget_bias: at which the bias of the gate starts that keeps what a core remembers. At 0 it forgets half of it
+        at every step.
       state_dependent_scale: whether a Gaussian's standard deviation is the softplus of a layer, as in the
         paper, or the exponential of a free parameter.
     """
@@ -169,7 +174,22 @@ class ActorCritic(nn.Module):
     torso: str = "mlp"
     core: str | None = None
     core_size: int = 256
+    forget_bias: float = 1.0
     state_dependent_scale: bool = True
+
+    @nn.nowrap
+    def init(self, *arguments: Any, **options: Any) -> Any:
+        """As `flax.linen.Module.init`, whose cells start all biases at one value, and then `forget_bias`."""
+        variables = super().init(*arguments, **options)
+        if self.core is None:
+            return variables
+        keeping = ("cell", _KEEPING_GATES[self.core], "bias")
+
+        def start(path: Any, x: Array) -> Array:
+            names = tuple(part.key for part in path)
+            return jnp.full_like(x, self.forget_bias) if names[-3:] == keeping else x
+
+        return jax.tree_util.tree_map_with_path(start, variables)
 
     def setup(self) -> None:
         activation = ACTIVATIONS[self.activation]

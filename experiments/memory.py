@@ -13,6 +13,7 @@ PRESETS = {
         t_max=32,  # no gradient reaches what an earlier segment showed, so that two episodes should fit in
         core="lstm",
         core_size=32,
+        forget_bias=3.0,
         entropy_cost=0.3,  # with less, some runs are soon sure of an answer that is right for most bits only
         learning_rate_schedule="linear",
         max_steps=2_000_000,

@@ -25,7 +25,7 @@ OPTIMIZERS = ["adam", "momentum", "shared_rmsprop", "rmsprop"]
 _BUDGETS = {"max_steps": 10**6, "max_episodes": None, "solved_return": None, "solved_window": 100}
 _OF_THE_STEP = ("environment", "envs_per_worker", "t_max", "discount", "critic_cost", "entropy_cost",
                 "terminal_reward", "hidden_sizes", "activation", "shared_torso", "gae_lambda", "reward_clip",
-                "normalize_observations", "normalize_rewards", "torso", "core", "core_size",
+                "normalize_observations", "normalize_rewards", "torso", "core", "core_size", "forget_bias",
                 "action_bounds", "state_dependent_scale")  # fmt: skip
 
 

@@ -297,6 +297,7 @@ OTHER_VALUES = {
     "torso": "mlp",
     "core": "lstm",
     "core_size": 3,
+    "forget_bias": 2.0,
     "action_bounds": "tanh",
     "state_dependent_scale": False,
     "critic_cost": 0.1,

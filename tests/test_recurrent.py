@@ -151,6 +151,23 @@ def recalls(sign, action, last):
     return jnp.where(last, jnp.where(action == (sign > 0), 1.0, -1.0), 0.0)
 
 
+@pytest.mark.parametrize(
+    ("core", "bias"), [("lstm", 0.0), ("lstm", 1.0), ("lstm", 3.0), ("gru", 20.0)]
+)
+def test_the_first_network_keeps_as_much_of_its_memory_as_the_bias_says(core, bias):
+    network = ActorCritic(3, (5,), core=core, core_size=4, forget_bias=bias)
+    observation = jnp.zeros((N, 2))  # every gate is at its bias
+    params = network.init(jax.random.key(0), observation)
+
+    def memory(add):
+        carry = network.initialize_carry(N)
+        carry = [(x[0] + add, x[1]) if core == "lstm" else x + add for x in carry]
+        _, carry = network.apply(params, observation, carry, method="act")
+        return np.stack([c[0] if core == "lstm" else c for c in carry])
+
+    np.testing.assert_allclose(memory(1.0) - memory(0.0), nn.sigmoid(bias), rtol=1e-5)
+
+
 class Recall(Probe):
     """Shows its sign in an episode's first observation only."""
 
