@@ -273,10 +273,11 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> GymnaxEnvi
             f"environment {name!r} has the parameters {', '.join(sorted(fields))}, got "
             f"{', '.join(options)}; use one of those, or an argument of its constructor ({error})."
         ) from error
-    changed = {k: v for k, v in params.items() if k in fields}
-    return GymnaxEnvironment(
-        str(name), environment, defaults.replace(**{**variant, **changed}), action_bounds
-    )
+    changed = variant | {k: v for k, v in params.items() if k in fields}
+    for key, value in changed.items():
+        if type(value) is int and isinstance(getattr(defaults, key), float):
+            changed[key] = float(value)  # some of gymnax's arithmetic takes no integer there
+    return GymnaxEnvironment(str(name), environment, defaults.replace(**changed), action_bounds)
 
 
 def _parse(name: str, query: str) -> dict[str, Any]:

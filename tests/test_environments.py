@@ -259,3 +259,9 @@ def test_an_unknown_parameter_is_answered_with_the_known_ones():
     message = r"'CartPole-v0' has the parameters .*max_steps_in_episode, .*, got max_steps; use one"
     with pytest.raises(ValueError, match=message):
         make("CartPole-v0", max_steps=100)
+
+
+def test_an_integer_for_a_parameter_that_is_a_float_is_one():
+    # This environment selects between it and another float, which JAX refuses to do with an integer.
+    environment = environments.make("BernoulliBandit-misc?max_steps_in_episode=5")
+    assert repr(environment.params.max_steps_in_episode) == "5.0"
