@@ -384,7 +384,8 @@ def _print_breakdowns(breakdowns: list[dict[str, Any]]) -> None:
         "\nWhere a worker's time goes: share of its wall-clock, and microseconds an update in brackets.\n"
         "dispatch: what a call of an empty program with a step's arguments and results takes, alone; compute:\n"
         "the rest of the step's call, which is the program and waiting for the interpreter lock to come back;\n"
-        "lock held: the optimizer's update, which is a compiled call too, and the counters; bookkeeping: all else.\n"
+        "update: the optimizer's, which is a compiled call too, before the lock is taken; lock held: the swap, the\n"
+        "counters, and the update again where another worker's came in between; bookkeeping: all else.\n"
     )
 
     def bracketed(value: float) -> str:

@@ -30,7 +30,7 @@ from experiments import synchronous
 
 Program = Callable[..., Any]
 
-PARTS = ("pull", "dispatch", "compute", "lock wait", "lock held", "bookkeeping")
+PARTS = ("pull", "dispatch", "compute", "update", "lock wait", "lock held", "bookkeeping")
 """What a worker's time divides into (`Trace.parts`)."""
 
 
@@ -210,11 +210,10 @@ def intervals(stamps: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "pull": between(Trace.PULL, Trace.PULLED),
         "step call": between(Trace.CALL, Trace.RETURNED),
+        "update": between(Trace.RETURNED, Trace.WANTED),
         "waiting for the lock": between(Trace.WANTED, Trace.HELD),
         "lock held": between(Trace.HELD, Trace.RELEASED),
-        "bookkeeping": np.concatenate(
-            [between(Trace.PULLED, Trace.CALL), between(Trace.RETURNED, Trace.WANTED), loop]
-        ),
+        "bookkeeping": np.concatenate([between(Trace.PULLED, Trace.CALL), loop]),
     }
 
 
@@ -233,11 +232,11 @@ def parts(stamps: np.ndarray, dispatch: float) -> dict[str, float]:
         "pull": float(np.sum(t[:, Trace.PULLED] - t[:, Trace.PULL])),
         "dispatch": dispatched,
         "compute": call - dispatched,
+        "update": float(np.sum(t[:, Trace.WANTED] - t[:, Trace.RETURNED])),
         "lock wait": float(np.sum(t[:, Trace.HELD] - t[:, Trace.WANTED])),
         "lock held": float(np.sum(t[:, Trace.RELEASED] - t[:, Trace.HELD])),
         "bookkeeping": float(
             np.sum(t[:, Trace.CALL] - t[:, Trace.PULLED])
-            + np.sum(t[:, Trace.WANTED] - t[:, Trace.RETURNED])
             + np.sum(t[1:, Trace.PULL] - t[:-1, Trace.RELEASED])
         ),
     }

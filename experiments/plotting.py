@@ -238,7 +238,8 @@ def throughput(path: Path, comparisons: Sequence[Comparison], *, title: str) -> 
 
 COLOURS = {
     "step call": "tab:blue",
-    "lock held": "tab:green",
+    "update": "tab:green",
+    "lock held": "tab:orange",
     "waiting for the lock": "tab:red",
     "bookkeeping": "silver",
     "pull": "black",

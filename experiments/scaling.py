@@ -9,7 +9,8 @@ more cores would give:
 2. Of an update, `c_serial` cannot overlap with another worker's, because a thread has to hold Python's interpreter
    lock, or waits until it is handed over. It is taken from the fastest rate of updates that two or more
    workers reach here with the smallest segment. A single worker does not hand over: it holds the interpreter lock for
-   `c_interpreter` of its t. The store's lock is held for `c_lock`, mostly with the interpreter lock.
+   `c_interpreter` of its t. The store's lock is held for `c_lock`, mostly with the interpreter lock,
+   where others are so many that each update has to be computed again under it.
 3. W workers on C cores are min(W, C) customers of a closed queue: each computes for `t - c_interpreter`, then is served
    for `max(c_serial, c_lock)`, one at a time. Mean value analysis gives the updates per second.
 
@@ -108,7 +109,7 @@ class Alone(NamedTuple):
 
     Attributes:
       update: all of it.
-      lock_held: with the store's lock held.
+      lock_held: with the store's lock held, were the update computed again under it.
       interpreter_held: with the interpreter lock held: all but the two compiled programs.
     """
 
@@ -280,10 +281,15 @@ def _alone(point: Point, updates_per_second: float, seconds: float) -> Alone:
     each = {name: s / len(stamps) for name, s in measure.parts(stamps, dispatch).items()}
     return Alone(
         update=1 / updates_per_second,
-        lock_held=each["lock held"],
-        # Under the lock the interpreter lock is held for all but the update's program, whose time is
-        # taken from a call alone: it may take longer after a large segment, but then does not hold it.
-        interpreter_held=each["pull"] + each["bookkeeping"] + dispatch + empty_update,
+        # A second computation of an update finds its code in the caches, like a call alone.
+        lock_held=each["lock held"] + update,
+        # Of an update, the interpreter lock is held for all but its program, whose time is taken from a
+        # call alone: it may take longer after a large segment, but then does not hold it.
+        interpreter_held=each["pull"]
+        + each["bookkeeping"]
+        + each["lock held"]
+        + dispatch
+        + empty_update,
     )
 
 
