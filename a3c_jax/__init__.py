@@ -11,10 +11,10 @@ above it (a test reads the imports and holds this table to it):
 | `runtime`       | process settings for CPU, set before JAX starts                                 |
 | `packing`       | trees of small arrays as one vector, bit for bit                                |
 | `moments`       | running mean and variance, to normalise by, shared by all workers               |
+| `kernels`       | compiling a small program into a single kernel                                  |
 | `networks`      | Flax modules: torsos, heads, actor-critic                                       |
 | `environments`  | `make(name)`: one batched protocol over gymnax                                  |
 | `rollout`       | the n-step unroll, `Trajectory`, episode statistics                             |
-| `kernels`       | compiling a small program into a single kernel                                  |
 | `worker`        | `worker_step`: unroll, loss and gradients                                       |
 | `parameters`    | `SharedParameters`: lock, optimizer, version, schedule of updates               |
 | `threads`       | the worker threads over an opaque step function                                 |

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from a3c_jax import moments
+from a3c_jax import kernels, moments
 from a3c_jax.distributions import Categorical, DiagonalGaussian
 
 Array = jax.Array
@@ -40,6 +40,10 @@ _SCALE_OFFSET = 0.5413  # softplus of it is one: the first policy has the standa
 _MIN_SCALE = 1e-3
 
 
+def _dense(size: int, kernel_init: Any) -> nn.Dense:
+    return nn.Dense(size, kernel_init=kernel_init, dot_general=kernels.dot_general)
+
+
 class MLP(nn.Module):
     """A multilayer perceptron that flattens each observation first.
 
@@ -59,7 +63,7 @@ class MLP(nn.Module):
         batch = observation.shape[: observation.ndim - self.observation_ndim]
         x = observation.reshape(*batch, -1).astype(jnp.float32)
         for size in self.hidden_sizes:
-            x = self.activation(nn.Dense(size, kernel_init=_TORSO_INIT)(x))
+            x = self.activation(_dense(size, _TORSO_INIT)(x))
         return x
 
 
@@ -84,7 +88,7 @@ class Conv(nn.Module):
         conv = nn.Conv(self.channels, (3, 3), padding="VALID", kernel_init=_TORSO_INIT)
         x = self.activation(conv(x)).reshape(*batch, -1)
         for size in self.hidden_sizes:
-            x = self.activation(nn.Dense(size, kernel_init=_TORSO_INIT)(x))
+            x = self.activation(_dense(size, _TORSO_INIT)(x))
         return x
 
 
@@ -204,10 +208,10 @@ class ActorCritic(nn.Module):
 
         self.actor_trunk = trunk()
         self.critic_trunk = self.actor_trunk if self.shared_torso else trunk()
-        self.policy_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
-        self.value_head = nn.Dense(1, kernel_init=_VALUE_INIT)
+        self.policy_head = _dense(self.num_actions, _POLICY_INIT)
+        self.value_head = _dense(1, _VALUE_INIT)
         if self.continuous and self.state_dependent_scale:
-            self.scale_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
+            self.scale_head = _dense(self.num_actions, _POLICY_INIT)
         elif self.continuous:
             self.log_scale = self.param("log_scale", nn.initializers.zeros, (self.num_actions,))
 

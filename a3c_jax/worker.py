@@ -186,7 +186,7 @@ class PackedWorkerStep:
         flat_params = self.flatten(params)
         work = statistics.episodes.ended.size * flat_params.size
         self._step: Callable[[Array, Array], tuple[Array, Array, Array]] = jax.jit(step)
-        self.fused = work <= kernels.MAX_WORK
+        self.fused = work <= kernels.MAX_WORK and flat_params.size <= kernels.MAX_PARAMETERS
         """Whether it was compiled into a single kernel, as far as XLA can."""
         if self.fused:
             self._step = kernels.compile_fused(step, flat_params, self.pack_state(state))

@@ -257,6 +257,66 @@ def test_equal_inputs_give_equal_bits_call_after_call(name):
         chex.assert_trees_all_equal(compiled(*arguments), first)
 
 
+# Matrix products inside a kernel. Lengths on both sides of every threshold, and no multiples of a block.
+
+
+def dense_layer(x, w):
+    def loss(x, w):
+        y = kernels.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), y
+
+    return jax.grad(loss, (0, 1), has_aux=True)(x, w)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (7,), (3, 5)])
+@pytest.mark.parametrize(
+    ("terms", "size"), [(1, 1), (4, 33), (9, 40), (40, 9), (128, 2), (33, 1), (64, 64)]
+)
+def test_a_dense_layer_inside_a_kernel_is_that_of_numpy_and_so_are_its_gradients(
+    batch, terms, size
+):
+    x, w = normal(*batch, terms), normal(terms, size, seed=1)
+    compiled = kernels.compile_fused(dense_layer, x, w)
+    if jax.default_backend() == "cpu":  # a result that is transposed last may be a second one
+        assert entry_operations(compiled) in (["kernel"], ["kernel", "fusion"])
+    (dx, dw), y = compiled(x, w)
+    x, w = np.float64(x), np.float64(w)
+    dy = np.cos(np.arange(y.size)).reshape(y.shape)
+    np.testing.assert_allclose(y, x @ w, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dx, dy @ w.T, rtol=1e-4, atol=1e-5)
+    rows, columns = x.reshape(-1, terms), dy.reshape(-1, size)
+    np.testing.assert_allclose(dw, rows.T @ columns, rtol=1e-4, atol=1e-5)
+
+
+def test_outside_a_kernel_a_product_is_that_of_jax():
+    x, w = normal(7, 40), normal(40, 40)
+    kernels.compile_fused(dense_layer, x, w)  # what it sets ends with it
+
+    def plain(x, w):
+        return lax.dot_general(x, w, (((1,), (0,)), ((), ())))
+
+    def ours(x, w):
+        return kernels.dot_general(x, w, (((1,), (0,)), ((), ())))
+
+    assert str(jax.make_jaxpr(ours)(x, w)) == str(jax.make_jaxpr(plain)(x, w))
+
+
+def test_a_product_that_is_no_dense_layers_is_that_of_jax_inside_too():
+    x, w = normal(5, 40), normal(9, 40, seed=1)
+    transposed = (((1,), (1,)), ((), ()))
+    compiled = kernels.compile_fused(lambda x, w: kernels.dot_general(x, w, transposed), x, w)
+    np.testing.assert_allclose(compiled(x, w), np.float64(x) @ np.float64(w).T, rtol=1e-4)
+
+
+def test_where_xla_refuses_the_products_are_those_of_jax_again(monkeypatch):
+    x, w = normal(7, 40), normal(40, 40)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", refuse)
+        compiled = kernels.compile_fused(dense_layer, x, w)
+    assert "while" not in compiled.lower(x, w).as_text()
+    chex.assert_trees_all_equal(compiled(x, w), jax.jit(dense_layer)(x, w))
+
+
 def test_arguments_and_earlier_results_stay_as_they_were():
     compiled = kernels.compile_fused(lambda x, w: (x + 1, x @ w), X, W)
     x, w = X + 0, W + 0
