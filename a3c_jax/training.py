@@ -296,7 +296,7 @@ def max_running(config: A3CConfig, step: PackedWorkerStep) -> int | None:
 
     A segment that is a single kernel is computed by its worker's own thread: more threads than cores only fight for
     the interpreter (16 workers with 8 environments on 2 cores are 1.9 times as fast in turns). Others are computed
-    by XLA's thread pool, which more workers keep busy (with 64 environments they are 1.4 times as fast without).
+    by XLA's thread pool, which more workers keep busy.
     """
     if config.max_concurrent_workers is not None:
         return config.max_concurrent_workers
