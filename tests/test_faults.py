@@ -362,12 +362,13 @@ def test_many_runs_in_one_process_leave_nothing_behind():
     mebibytes, threads, handles = np.array(json.loads(done.stdout)).T
     assert (threads == 1).all()
     assert len(set(handles[50:])) == 1
-    # JAX keeps what it traced in caches of a fixed size, which are full after some 150 runs.
+    # JAX keeps what it traced in caches of a fixed size, most of which are full after some 150 runs; the
+    # allocator's own coming and going makes +-0.1 MiB a run. A run whose programs stayed would be 9 MiB.
     slope = np.polyfit(np.arange(100), mebibytes[-100:], 1)[0]
     print(
         f"{slope:.3f} MiB a run over the last 100, {np.ptp(mebibytes[150:]):.0f} MiB between any two of 150"
     )
-    assert slope < 0.1
+    assert slope < 0.25
     assert np.ptp(mebibytes[150:]) < 50.0
 
 
