@@ -47,7 +47,9 @@ def test_synchronous_updates_are_those_of_train_with_one_worker():
     assert progress.episodes.shape == (updates,)
     assert progress.episodes.sum() == len(wanted.episodes.episode_return) > 0
     np.testing.assert_allclose(
-        np.sum(progress.episodes * progress.mean_return), wanted.episodes.episode_return.sum()
+        np.sum(progress.episodes * progress.mean_return),
+        wanted.episodes.episode_return.sum(),
+        rtol=1e-6,
     )
     np.testing.assert_allclose(
         np.sum(progress.episodes * progress.mean_length), wanted.episodes.length.sum(), rtol=1e-6

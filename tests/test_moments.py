@@ -146,6 +146,6 @@ def test_the_discounted_return_begins_again_with_each_episode():
     state, got = _discounted_returns(state, trajectory, 0.5)
     #  0.5 * 8 + 1, then on; afresh after each end
     expected = np.array([5.0, 4.5, 3.0, 5.5, 5.0, 8.5])
-    np.testing.assert_allclose(state.discounted_return, [8.5])
-    np.testing.assert_allclose(got.mean, expected.mean())
+    np.testing.assert_allclose(state.discounted_return, [8.5], rtol=1e-6)
+    np.testing.assert_allclose(got.mean, expected.mean(), rtol=1e-6)
     np.testing.assert_allclose(got.m2, 6 * expected.var(), rtol=1e-6)

@@ -245,6 +245,11 @@ def gradient_sequence(num_updates, seed=0):
     return np.random.default_rng(seed).normal(size=(num_updates, len(START)))
 
 
+def assert_same_path(actual, expected):
+    # A parameter that passes near zero is as exact as the steps that lead there.
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def apply_all(optimizer, gradients, workers=None):
     """The parameters after each update, `[updates, 4]`."""
     store = SharedParameters(jnp.asarray(START, jnp.float32), optimizer)
@@ -274,7 +279,7 @@ def test_shared_rmsprop_is_the_papers_with_statistics_that_all_workers_share():
         "shared_rmsprop", learning_rate=LEARNING_RATE, rmsprop_epsilon=1e-2, num_workers=3
     )
     expected = rmsprop(gradients, workers=[0] * 12)  # one set, whoever sends
-    np.testing.assert_allclose(apply_all(optimizer, gradients, workers), expected, rtol=1e-5)
+    assert_same_path(apply_all(optimizer, gradients, workers), expected)
 
 
 def test_the_first_step_of_rmsprop_worked_by_hand():
@@ -293,7 +298,7 @@ def test_rmsprop_keeps_statistics_for_each_worker_that_only_its_own_gradients_mo
         "rmsprop", learning_rate=LEARNING_RATE, rmsprop_epsilon=1e-2, num_workers=2
     )
     expected = rmsprop(gradients, workers)
-    np.testing.assert_allclose(apply_all(optimizer, gradients, workers), expected, rtol=1e-5)
+    assert_same_path(apply_all(optimizer, gradients, workers), expected)
 
 
 def test_an_update_by_one_worker_leaves_the_statistics_of_the_others_alone():
@@ -319,7 +324,7 @@ def test_momentum_is_the_heavy_ball():
         params = params - LEARNING_RATE * velocity
         expected.append(params)
     optimizer = make_optimizer("momentum", learning_rate=LEARNING_RATE, momentum=0.7)
-    np.testing.assert_allclose(apply_all(optimizer, gradients), expected, rtol=1e-5)
+    assert_same_path(apply_all(optimizer, gradients), expected)
 
 
 def test_adam_is_adam():
@@ -356,7 +361,7 @@ def test_clipping_comes_before_the_statistics_and_not_after():
     clipped = gradients * np.minimum(1.0, 0.5 / norms)
     assert (norms > 0.5).any()
     expected = rmsprop(clipped, [0] * 6)
-    np.testing.assert_allclose(apply_all(optimizer, gradients), expected, rtol=1e-5)
+    assert_same_path(apply_all(optimizer, gradients), expected)
 
 
 @pytest.mark.parametrize("limit", [None, 5.1])
@@ -397,7 +402,7 @@ def test_one_flat_vector_and_a_tree_of_the_same_numbers_move_alike(name):
         gradient = jnp.asarray(gradient, jnp.float32)
         on_tree.apply(unravel(gradient), n, n % 2)
         on_flat.apply(gradient, n, n % 2)
-    chex.assert_trees_all_close(on_tree.pull().params, unravel(on_flat.pull().params), rtol=1e-5)
+    jax.tree.map(assert_same_path, on_tree.pull().params, unravel(on_flat.pull().params))
 
 
 def test_a_worker_that_the_store_does_not_know_is_refused():
@@ -468,7 +473,7 @@ def test_an_optimizer_may_keep_a_random_key():
     store.apply(jnp.ones(4), 0)
     store.apply(jnp.ones(4), 1)
     params, state = optax_alone(optimizer, jnp.zeros(4), [jnp.ones(4)] * 2, [0, 0])
-    np.testing.assert_allclose(store.pull().params, params, rtol=1e-5)
+    assert_same_path(store.pull().params, params)
     key, expected = optax.tree.get(store.opt_state, "rng_key"), optax.tree.get(state, "rng_key")
     assert jax.random.key_impl(key) == jax.random.key_impl(expected)
     np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))

@@ -29,7 +29,7 @@ def test_rewards_are_clipped_for_learning_and_reported_as_they_were():
     agent, same = make_agent(config, environment=large), make_agent(config, environment=clipped)
     gradients, _, (_, episodes) = jax.jit(agent.worker_step)(agent.params, agent.states[0])
     expected, _, _ = jax.jit(same.worker_step)(same.params, same.states[0])
-    chex.assert_trees_all_close(gradients, expected, rtol=1e-6)
+    chex.assert_trees_all_close(gradients, expected, rtol=1e-5, atol=1e-6)
     returns = np.asarray(episodes.episode_return)[np.asarray(episodes.ended)]
     assert set(returns.tolist()) == {6.5, -5.5}
 
