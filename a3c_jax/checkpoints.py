@@ -126,7 +126,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(aside, "wb") as file:
-            file.write(json.dumps(header).encode() + b"\n" + payload)
+            file.write(json.dumps(header).encode() + b"\n")
+            file.write(payload)  # apart: together they would be copied
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -328,4 +329,6 @@ def _parse_header(path: Path, line: bytes) -> dict[str, Any]:
 
 
 def _checksum(run: dict[str, Any], payload: bytes) -> str:
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode() + payload).hexdigest()
+    checksum = hashlib.sha256(json.dumps(run, sort_keys=True).encode())
+    checksum.update(payload)
+    return checksum.hexdigest()
