@@ -10,6 +10,7 @@ above it (a test reads the imports and holds this table to it):
 | `config`        | `A3CConfig`, checked when it is made                                            |
 | `runtime`       | process settings for CPU, set before JAX starts                                 |
 | `packing`       | trees of small arrays as one vector, bit for bit                                |
+| `columns`       | vectors that grow at the end: the schedule, the log of episodes                 |
 | `moments`       | running mean and variance, to normalise by, shared by all workers               |
 | `kernels`       | compiling a small program into a single kernel                                  |
 | `networks`      | Flax modules: torsos, heads, actor-critic                                       |

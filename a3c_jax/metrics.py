@@ -10,6 +10,8 @@ from typing import IO, Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from a3c_jax.columns import Columns
+
 Row = dict[str, float]
 
 
@@ -53,9 +55,7 @@ class Counters:
         self._started = time.perf_counter()
         self._last_row = (self._started, 0, 0, 0)
         self._reported = 0
-        # With room to grow: rows up to `episodes` never change, so that others may read them at any time.
-        dtypes = (np.int32, np.float64, np.int32, np.int64, np.float64)
-        self._log = EpisodeLog(*(np.empty(1024, dtype) for dtype in dtypes))
+        self._log = Columns(EpisodeLog, np.int32, np.float64, np.int32, np.int64, np.float64)
 
     def start_clock(self, seconds: float = 0.0) -> None:
         """Sets the clock to `seconds`."""
@@ -79,9 +79,7 @@ class Counters:
         self.episodes = self._reported = len(log.episode_return)
         self._staleness = int(staleness.sum())
         self._max_staleness = int(staleness.max(initial=0))
-        self._log = EpisodeLog(
-            *(np.array(c, own.dtype) for c, own in zip(log, self._log, strict=True))
-        )
+        self._log.extend(self.episodes, *log)
         self._recent.extend(log.episode_return[-(self._recent.maxlen or 0) :].tolist())
         self._update_mean_return()
         self.start_clock(seconds)
@@ -104,13 +102,8 @@ class Counters:
             return
         count = returns.size
         seconds = time.perf_counter() - self._started
-        begin, end = self.episodes, self.episodes + count
-        if end > len(self._log.worker):
-            self._log = EpisodeLog(*(_with_room(column, 2 * end) for column in self._log))
-        row = (worker, returns, lengths, self.environment_steps, seconds)
-        for column, values in zip(self._log, row, strict=True):
-            column[begin:end] = values
-        self.episodes = end
+        self._log.extend(count, worker, returns, lengths, self.environment_steps, seconds)
+        self.episodes += count
         self._recent.extend(returns.tolist())
         self._update_mean_return()
 
@@ -140,18 +133,13 @@ class Counters:
 
     def new_episodes(self) -> EpisodeLog:
         """The episodes since the last call."""
-        begin, end = self._reported, self.episodes
-        self._reported = end
-        return EpisodeLog(*(column[begin:end].copy() for column in self._log))
+        episodes = self._log.rows(self._reported)
+        self._reported += len(episodes.worker)
+        return episodes
 
     def log(self) -> EpisodeLog:
-        """A copy of the log of episodes so far."""
-        end = self.episodes
-        return EpisodeLog(*(column[:end].copy() for column in self._log))
-
-
-def _with_room(column: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([column, np.empty(size - len(column), column.dtype)])
+        """The log of episodes so far."""
+        return self._log.rows()
 
 
 class Sink(Protocol):

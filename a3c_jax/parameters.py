@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,6 +11,7 @@ import numpy as np
 import optax
 
 from a3c_jax import kernels
+from a3c_jax.columns import Columns
 from a3c_jax.packing import Packing
 
 T = TypeVar("T")
@@ -132,8 +132,7 @@ class SharedParameters:
         """Replaced whole, so that it can be read without the lock."""
         self._skip_nonfinite = skip_nonfinite
         self._skipped = 0
-        self._workers = array("i")
-        self._pulled_versions = array("q")
+        self._schedule = Columns(Schedule, np.int32, np.int64)
 
     def pull(self) -> Snapshot:
         """The current parameters and their version, consistent with each other. Needs no lock."""
@@ -194,8 +193,7 @@ class SharedParameters:
                 self._skipped += 1
             snapshot = Snapshot(params, version + 1)
             self._current = (snapshot, opt_state)
-            self._workers.append(worker)
-            self._pulled_versions.append(pulled_version)
+            self._schedule.append(worker, pulled_version)
             if commit is not None:
                 commit(snapshot, staleness)
         return staleness
@@ -222,24 +220,20 @@ class SharedParameters:
 
     @property
     def schedule(self) -> Schedule:
-        """A copy of the schedule of updates so far."""
-        return self.cut(lambda: None)[0].schedule
+        """The schedule of updates so far."""
+        return self._schedule.rows()
 
     def cut(self, read: Callable[[], T]) -> tuple[StoreState, T]:
         """The store's state, and what `read()` returns, as of the same moment between two updates."""
         with self._lock:
-            schedule = Schedule(
-                np.array(self._workers, np.int32), np.array(self._pulled_versions, np.int64)
-            )
-            state = StoreState(*self._current, schedule, self._skipped)
-            return state, read()
+            return StoreState(*self._current, self._schedule.rows(), self._skipped), read()
 
     def restore(self, state: StoreState) -> None:
         """Goes on from a state that `cut` gave. Call it before any thread uses the store."""
         snapshot, opt_state, schedule, self._skipped = state
         self._current = (snapshot, opt_state)
-        self._workers = array("i", schedule.worker.tolist())
-        self._pulled_versions = array("q", schedule.pulled_version.tolist())
+        self._schedule = Columns(Schedule, np.int32, np.int64)
+        self._schedule.extend(len(schedule.worker), *schedule)
 
     def _compute(
         self, gradients: Any, basis: tuple[Snapshot, jax.Array], worker: int

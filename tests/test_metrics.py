@@ -75,7 +75,7 @@ def test_the_log_has_a_row_for_each_episode_in_the_order_of_the_updates(clock):
         np.testing.assert_array_equal(actual, column)
 
 
-def test_the_log_is_a_copy_and_empty_at_first():
+def test_the_log_stays_as_it_was_read_and_is_empty_at_first():
     counters = Counters(steps_per_update=1, window=2)
     log = counters.log()
     assert [len(column) for column in log] == [0] * 5
