@@ -44,7 +44,7 @@ class A3CConfig:
     t_max: int = 16
     """Steps that a worker plays in each of its environments between two updates; the paper's is 5."""
     max_concurrent_workers: int | None = None
-    """How many workers may play at the same time; the others wait for a turn of 20 ms. None takes the number of cores where segments are so small that each is computed in its worker's thread, and no limit where XLA's thread pool computes them."""
+    """How many workers may play at the same time; the others wait for a turn of 20 ms. None sets no limit where XLA's thread pool computes the segments; where they are so small that each is computed in its worker's thread, as many as there are cores, or fewer where they take less than 80 us for each, but 2 at least."""
 
     discount: float = 0.99
     """The discount factor gamma, per step."""

@@ -86,6 +86,7 @@ class Asynchronous:
         self.gradients, _, _ = packed(params, self.states[0])
         self.store.compile(self.gradients, fused=not packed.fused)
         self._start = self.store.cut(lambda: None)[0]
+        self._max_running = max_running(config, packed, params, self.states[0])
 
     def measure(self, seconds: float) -> Measurement:
         """Trains from the initial parameters and states for so long."""
@@ -109,7 +110,7 @@ class Asynchronous:
             self.store,
             self.states,
             on_commit=on_commit,
-            max_running=max_running(self.config, self.step),
+            max_running=self._max_running,
         )
         usage = resource.getrusage(resource.RUSAGE_SELF)
         counters.start_clock()

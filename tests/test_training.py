@@ -11,7 +11,7 @@ from probes import Probe
 from small_runs import train_together
 
 import a3c_jax
-from a3c_jax import A3CConfig, agent
+from a3c_jax import A3CConfig, agent, training
 from a3c_jax.agent import make_agent
 from a3c_jax.environments import Transition
 from a3c_jax.simulation import round_robin
@@ -304,6 +304,51 @@ def test_train_is_silent(capfd):
 def test_an_unknown_environment_is_refused_with_near_matches():
     with pytest.raises(ValueError, match=r"did you mean .*CartPole-v1"):
         a3c_jax.train(A3CConfig(environment="Cartpole-v1"))
+
+
+class Timed:
+    """A step whose calls take so many seconds each, by its own clock."""
+
+    def __init__(self, monkeypatch, seconds, fused=True):
+        self.now, self.seconds, self.fused = 0.0, iter(seconds), fused
+        monkeypatch.setattr(training.time, "perf_counter", lambda: self.now)
+
+    def play(self, params, state):
+        self.now += next(self.seconds)
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "workers", "cores", "expected"),
+    [
+        (40, 4, 4, 2),  # two always may
+        (70, 16, 16, 2),
+        (230, 4, 4, 3),
+        (640, 16, 16, 8),
+        (900, 4, 4, 4),  # a core each
+        (900, 16, 8, 8),
+    ],
+)
+def test_short_segments_leave_room_for_fewer_workers_than_there_are_cores(
+    monkeypatch, microseconds, workers, cores, expected
+):
+    # The shortest of ten counts: whatever else the machine does only makes a call longer.
+    seconds = 1e-6 * microseconds * np.array([9, 2, 3, 1, 5, 2, 2, 9, 4, 2])
+    step = Timed(monkeypatch, seconds)
+    config = A3CConfig(num_workers=workers)
+    assert training.max_running(config, step, None, None, cores) == expected
+
+
+def test_segments_are_not_timed_where_that_would_change_nothing(monkeypatch):
+    for fused, settings, cores, expected in (
+        (False, {"num_workers": 8}, 4, None),
+        (True, {"num_workers": 8, "max_concurrent_workers": 5}, 4, 5),
+        (False, {"num_workers": 8, "max_concurrent_workers": 5}, 4, 5),
+        (True, {"num_workers": 2}, 16, 16),
+        (True, {"num_workers": 16}, 2, 2),
+        (True, {"num_workers": 16}, 1, 1),
+    ):
+        step = Timed(monkeypatch, [], fused)
+        assert training.max_running(A3CConfig(**settings), step, None, None, cores) == expected
 
 
 @pytest.mark.slow
