@@ -316,14 +316,22 @@ def max_running(
     cores = available_cores() if cores is None else cores
     if min(cores, config.num_workers) <= 2:
         return cores
-    room = min(_seconds(step, params, state) for _ in range(10)) / _SECONDS_FOR_EACH
-    return min(cores, max(2, round(room)))
+    return workers_at_once(segment_seconds(step, params, state), cores)
 
 
-def _seconds(step: PackedWorkerStep, params: Any, state: Any) -> float:
-    began = time.perf_counter()
-    step.play(params, state)
-    return time.perf_counter() - began
+def workers_at_once(segment: float, cores: int) -> int:
+    """How many workers may play at the same time segments of so many seconds, each a single kernel."""
+    return min(cores, max(2, round(segment / _SECONDS_FOR_EACH)))
+
+
+def segment_seconds(step: PackedWorkerStep, params: Any, state: Any) -> float:
+    """What a segment takes while nobody else plays: the shortest of ten calls."""
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        step.play(params, state)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 class _Run:

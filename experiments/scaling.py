@@ -11,14 +11,15 @@ more cores would give:
    workers reach here with the smallest segment. A single worker does not hand over: it holds the interpreter lock for
    `c_interpreter` of its t. The store's lock is held for `c_lock`, mostly with the interpreter lock,
    where others are so many that each update has to be computed again under it.
-3. W workers on C cores are min(W, C) customers of a closed queue: each computes for `t - c_interpreter`, then is served
+3. W workers on C cores are min(W, C) customers of a closed queue, or fewer where segments are so short that `train`
+   lets fewer play at the same time. Each computes for `t - c_interpreter`, then is served
    for `max(c_serial, c_lock)`, one at a time. Mean value analysis gives the updates per second.
 
 What the model assumes:
 - a core more is a core like those here: memory, caches, power and the other users of the machine add no cost;
 - t is that of a single worker, whatever the others do. XLA spreads large segments over several cores: where that
   gains, t is too small for many workers; where handing over costs more than it gains, too large;
-- handing over the interpreter lock takes no longer with more workers, and workers beyond the cores change nothing;
+- handing over the interpreter lock takes no longer with more workers, and workers beyond those change nothing;
 - where several workers do not saturate the interpreter lock with the smallest segment, c_serial is too large.
 
 The second prediction, "free hand-over", puts c_interpreter in place of c_serial: what could be reached if handing over
@@ -109,11 +110,13 @@ class Alone(NamedTuple):
 
     Attributes:
       update: all of it.
+      segment: the call that plays, without what comes before and after.
       lock_held: with the store's lock held, were the update computed again under it.
       interpreter_held: with the interpreter lock held: all but the two compiled programs.
     """
 
     update: float
+    segment: float
     lock_held: float
     interpreter_held: float
 
@@ -149,8 +152,11 @@ def predict(workers: int, cores: int, think: float, serial: float) -> float:
 
 def predict_segment(workers: int, cores: int, alone: Alone, serial: float | None = None) -> float:
     """Updates per second of a segment; without `serial`, handing over the interpreter lock is free."""
+    from a3c_jax.training import workers_at_once
+
     if min(workers, cores) == 1:
         return 1 / alone.update
+    cores = workers_at_once(alone.segment, cores)
     if serial is None:
         bound = max(alone.interpreter_held, alone.lock_held)
         return predict(workers, cores, alone.update - bound, bound)
@@ -270,6 +276,7 @@ def _sweeps(
 
 def _alone(point: Point, updates_per_second: float, seconds: float) -> Alone:
     """Takes a single worker's update apart."""
+    from a3c_jax.training import segment_seconds
     from experiments import measure
 
     trace = measure.Trace()
@@ -281,6 +288,7 @@ def _alone(point: Point, updates_per_second: float, seconds: float) -> Alone:
     each = {name: s / len(stamps) for name, s in measure.parts(stamps, dispatch).items()}
     return Alone(
         update=1 / updates_per_second,
+        segment=segment_seconds(run.step, run.store.pull().params, run.states[0]),
         # A second computation of an update finds its code in the caches, like a call alone.
         lock_held=each["lock held"] + update,
         # Of an update, the interpreter lock is held for all but its program, whose time is taken from a
@@ -432,7 +440,7 @@ def _print_model(
     print(
         "Assumed: more cores are like those here and share nothing that slows them down; t is a single worker's, "
         "whatever\nthe others do (XLA spreads large segments over several cores); handing over the interpreter lock takes "
-        "no longer with\nmore workers; workers beyond the cores change nothing. `python -m experiments.scaling --help` "
+        "no longer with\nmore workers; workers beyond those that may play at the same time change nothing. `python -m experiments.scaling --help` "
         "says more."
     )
 

@@ -219,7 +219,7 @@ def test_the_queue_worked_by_hand():
 
 
 def test_a_segments_prediction_uses_its_own_times():
-    alone = scaling.Alone(update=4.0, lock_held=0.5, interpreter_held=1.0)
+    alone = scaling.Alone(update=4.0, segment=3.0, lock_held=0.5, interpreter_held=1.0)
     assert scaling.predict_segment(1, 8, alone, serial=2.0) == 1 / 4
     assert scaling.predict_segment(8, 1, alone, serial=2.0) == 1 / 4
     assert scaling.predict_segment(100, 100, alone, serial=2.0) == pytest.approx(1 / 2)
@@ -227,6 +227,10 @@ def test_a_segments_prediction_uses_its_own_times():
     slow_lock = alone._replace(lock_held=4.0)
     assert scaling.predict_segment(100, 100, slow_lock, serial=2.0) == pytest.approx(1 / 4)
     assert scaling.predict_segment(100, 100, slow_lock) == pytest.approx(1 / 4)
+    short = alone._replace(segment=50e-6)  # of which two are played at the same time
+    expected = scaling.predict(2, 2, 3.0, serial=2.0)
+    assert scaling.predict_segment(100, 100, short, serial=2.0) == expected
+    assert scaling.predict_segment(100, 100, alone, serial=2.0) > expected
 
 
 # The programs.
