@@ -1,0 +1,71 @@
+"""Settings of the whole process: whether the machine room is on, and how JAX dispatches its calls on a CPU."""
+
+import os
+import warnings
+
+import jax
+
+PLAIN = "A3C_JAX_PLAIN"
+"""Environment variable: `1` switches the whole machine room off."""
+
+ASYNC_DISPATCH = "A3C_JAX_ASYNC_DISPATCH"
+"""Environment variable: `1` keeps JAX's asynchronous dispatch on CPU."""
+
+
+_inline = False
+
+
+def calls_are_inline() -> bool:
+    """Whether a call's results are there as soon as it returns, because it was computed in the calling thread."""
+    return _inline
+
+
+def switched_off() -> bool:
+    """Whether the user has switched the machine room off. Does not start JAX's backend."""
+    return os.environ.get(PLAIN) == "1"
+
+
+def enabled() -> bool:
+    """Whether programs are made faster than `jax.jit` makes them: on a CPU, unless `A3C_JAX_PLAIN=1`."""
+    return not switched_off() and jax.default_backend() == "cpu"
+
+
+def prepare_process() -> None:
+    """Makes compiled calls on CPU run in the thread that calls them. Call it before gymnax is imported.
+
+    By default JAX hands each call to a thread pool, which pays if the caller has something else to do
+    meanwhile. A worker thread has not, because it waits for its gradients. Running the call in the worker's own
+    thread saves two thread switches a call.
+
+    With `A3C_JAX_ASYNC_DISPATCH=1` or `A3C_JAX_PLAIN=1` the process is left as it is.
+
+    Warns:
+      RuntimeWarning: if JAX's backend has started already, because the setting cannot take effect any more.
+    """
+    if switched_off() or os.environ.get(ASYNC_DISPATCH) == "1":
+        return
+    if _backend_has_started():
+        warnings.warn(
+            "JAX was already initialised when a3c_jax was imported, so its calls on a CPU stay asynchronous, "
+            "and A3C with small batches is several times slower. Import a3c_jax before the first JAX "
+            f"computation, or set {ASYNC_DISPATCH}=1 to accept this.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
+    global _inline
+    try:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        _inline = True
+    except AttributeError:  # a version of JAX that has no such setting
+        pass
+
+
+def _backend_has_started() -> bool:
+    """Whether JAX has started its backend. JAX has no public way to ask; if the private one is gone, no."""
+    try:
+        from jax._src import xla_bridge
+
+        return bool(xla_bridge.backends_are_initialized())
+    except (ImportError, AttributeError):
+        return False
