@@ -4,13 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from a3c_jax.environments import Environment
-from a3c_jax.networks import model
+from a3c_jax.networks import network_functions
 
 Array = jax.Array
 
@@ -40,13 +39,13 @@ class Evaluation(NamedTuple):
 
 
 @functools.cache
-def greedy_policy(network: nn.Module) -> Policy:
+def greedy_policy(network: Any) -> Policy:
     """The policy that takes the most probable action."""
     return _policy(network, lambda distribution, key: distribution.mode())
 
 
 @functools.cache
-def sampled_policy(network: nn.Module) -> Policy:
+def sampled_policy(network: Any) -> Policy:
     """The policy that samples its actions, as in training."""
     return _policy(network, lambda distribution, key: distribution.sample(key))
 
@@ -56,7 +55,7 @@ def random_policy(environment: Environment) -> Policy:
     """The policy that draws every action uniformly: the baseline to beat."""
     return Policy(
         lambda params, key, observation, carry: (
-            environment.random_action(key, observation.shape[0]),
+            environment.random_action(key, jax.tree.leaves(observation)[0].shape[0]),
             carry,
         ),
         lambda num_envs: (),
@@ -66,10 +65,10 @@ def random_policy(environment: Environment) -> Policy:
 def evaluate(
     policy: Policy, params: Any, environment: Environment, key: Array, num_episodes: int = 100
 ) -> Evaluation:
-    """Plays `num_episodes` fresh episodes, each in an environment of its own, from start to end.
+    """Plays fresh episodes, each in an environment of its own, from start to end.
 
-    Each environment counts its first episode only. Counting the first `num_episodes` to end would
-    favour short ones.
+    Only the first episode of each environment counts, because counting the first `num_episodes` to end
+    would favour short ones.
 
     Args:
       policy: `greedy_policy(network)`, `sampled_policy(network)`, `random_policy(environment)`, or your own.
@@ -79,7 +78,7 @@ def evaluate(
       num_episodes: how many.
 
     Raises:
-      ValueError: where `num_episodes` is not positive.
+      ValueError: if `num_episodes` is not positive.
     """
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be >= 1, got {num_episodes}; use 100.")
@@ -87,8 +86,8 @@ def evaluate(
     return Evaluation(np.asarray(returns), np.asarray(lengths))
 
 
-def _policy(network: nn.Module, choose: Callable[[Any, Array], Array]) -> Policy:
-    functions = model(network)
+def _policy(network: Any, choose: Callable[[Any, Array], Array]) -> Policy:
+    functions = network_functions(network)
 
     def act(params: Any, key: Array, observation: Array, carry: Any) -> tuple[Array, Any]:
         distribution, carry = functions.act(params, observation, carry)
@@ -97,27 +96,42 @@ def _policy(network: nn.Module, choose: Callable[[Any, Array], Array]) -> Policy
     return Policy(act, functions.initialize_carry)
 
 
+class _Episodes(NamedTuple):
+    """What one step of the evaluation hands to the next; leading axis `num_episodes`."""
+
+    key: Array
+    observation: Any
+    state: Any
+    carry: Any
+    running: Array
+    returns: Array
+    lengths: Array
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _play(
     policy: Policy, environment: Environment, num_episodes: int, params: Any, key: Array
 ) -> tuple[Array, Array]:
+    """The returns and lengths of the first episode of each environment."""
     key, reset_key = jax.random.split(key)
     observation, state = environment.reset(reset_key, num_episodes)
 
-    def any_running(carry: Any) -> Array:
-        return jnp.any(carry[3])
-
-    def step(carry: Any) -> Any:
-        key, observation, state, running, returns, lengths, memory = carry
-        key, action_key, environment_key = jax.random.split(key, 3)
-        action, memory = policy.act(params, action_key, observation, memory)
-        transition = environment.step(environment_key, state, action)
-        returns += jnp.where(running, transition.reward, 0.0)
-        lengths += running
-        running &= ~(transition.terminated | transition.truncated)
-        return key, transition.observation, transition.state, running, returns, lengths, memory
+    def step(now: _Episodes) -> _Episodes:
+        key, action_key, environment_key = jax.random.split(now.key, 3)
+        action, carry = policy.act(params, action_key, now.observation, now.carry)
+        transition = environment.step(environment_key, now.state, action)
+        return _Episodes(
+            key=key,
+            observation=transition.observation,
+            state=transition.state,
+            carry=carry,  # never reset, because only the first episode counts
+            running=now.running & ~(transition.terminated | transition.truncated),
+            returns=now.returns + jnp.where(now.running, transition.reward, 0.0),
+            lengths=now.lengths + now.running,
+        )
 
     none = jnp.zeros(num_episodes, jnp.int32)
-    memory = policy.initialize_carry(num_episodes)  # never reset: the first episode alone counts
-    carry = (key, observation, state, none == 0, none.astype(jnp.float32), none, memory)
-    return jax.lax.while_loop(any_running, step, carry)[4:6]
+    carry = policy.initialize_carry(num_episodes)
+    start = _Episodes(key, observation, state, carry, none == 0, none.astype(jnp.float32), none)
+    end = jax.lax.while_loop(lambda now: jnp.any(now.running), step, start)
+    return end.returns, end.lengths

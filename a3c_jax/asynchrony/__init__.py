@@ -1,0 +1,23 @@
+"""The second storey: asynchrony around a worker step that it takes as an opaque function.
+
+| module        | what lives there                                                                     |
+|---------------|--------------------------------------------------------------------------------------|
+| `tables`      | a table that grows at the end: the schedule of updates and the log of episodes         |
+| `parameters`  | `SharedParameters`, the store: parameters, optimizer state and version under one lock  |
+| `signals`     | how Ctrl-C and SIGTERM end a run                                                       |
+| `turns`       | limits how many threads run at once                                                    |
+| `threads`     | `WorkerThreads`: each pulls, steps and applies, again and again                        |
+| `metrics`     | exact counters, the log of episodes, and the sinks that show them                      |
+| `trees`       | a tree as arrays with names, to be saved, checked and restored                         |
+| `checkpoint_files` | one consistent moment of a whole run in one file, written all or nothing           |
+| `checkpoints` | when to save one, which to keep, which to go on from                                 |
+| `evaluation`  | whole episodes by a fixed policy                                                       |
+| `program`     | `build`: what a configuration describes, compiled once and run often                   |
+| `run`         | one run of a program: what `train` and `replay` have in common                         |
+| `training`    | `train`: runs a program in worker threads                                              |
+| `replaying`   | `replay`: repeats a run in one thread, bit for bit                                     |
+| `schedules`   | schedules of one's own: round-robin, fixed and random delays, a straggler            |
+| `simulation`  | `make_simulation`: a whole run with any schedule as one compiled program             |
+
+Each module imports only from those above it; a test holds the table to that.
+"""

@@ -1,0 +1,221 @@
+"""The file of a checkpoint: written so that no crash can spoil it, read without believing anything.
+
+A file is a line of JSON (what it is, its format, its checksum, where the run stood) followed by the arrays
+in MessagePack. It is written beside its final name, flushed to the disk, and renamed, so that a reader
+finds the old file or the new one, and never half of one.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import serialization
+
+from a3c_jax import __version__, _compiled
+from a3c_jax.asynchrony.metrics import EpisodeLog
+from a3c_jax.asynchrony.parameters import Schedule
+from a3c_jax.asynchrony.trees import Named
+from a3c_jax.config import A3CConfig
+
+FORMAT = 2
+"""Version of the file format. Files of older formats can be read, newer ones are refused."""
+
+_MAGIC = "a3c_jax checkpoint"
+_MAX_HEADER = 1 << 16
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used: the message says which, why, and what to do."""
+
+
+class Checkpoint(NamedTuple):
+    """A whole run at one moment between two updates.
+
+    Trees are held as arrays by name (`a3c_jax.asynchrony.trees`), for example
+    `checkpoint.params["params/value_head/bias"]`. A file of format 1 gives vectors instead.
+
+    Attributes:
+      config: the run's configuration.
+      params: the parameters.
+      optimizer_state: the optimizer's state.
+      schedule: which worker made each update, from which version. The version is its length.
+      skipped: how many updates were not finite and skipped.
+      states: each worker's state with its environments and its random key; every array has a leading
+        dimension `num_workers`.
+      episodes: every episode that ended so far.
+      best_params: the parameters at the highest mean return so far.
+      best_mean_return: that mean, or None.
+      seconds: time spent training.
+      versions: of Python and of the libraries that made the run, and what else its last bits depend on.
+    """
+
+    config: A3CConfig
+    params: Named | np.ndarray
+    optimizer_state: Named | np.ndarray
+    schedule: Schedule
+    skipped: int
+    states: Named | np.ndarray
+    episodes: EpisodeLog
+    best_params: Named | np.ndarray
+    best_mean_return: float | None
+    seconds: float
+    versions: dict[str, str]
+
+    @property
+    def version(self) -> int:
+        """Number of updates."""
+        return len(self.schedule.worker)
+
+    @property
+    def environment_steps(self) -> int:
+        """Number of environment steps, all workers together."""
+        return self.version * self.config.steps_per_update
+
+    @property
+    def mean_return(self) -> float | None:
+        """Mean return of the last `config.solved_window` episodes; None before there are so many."""
+        returns = self.episodes.episode_return[-self.config.solved_window :]
+        return float(returns.mean()) if len(returns) == self.config.solved_window else None
+
+
+def library_versions() -> dict[str, str]:
+    """What the last bits of a run depend on, besides its configuration."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "a3c_jax": __version__,
+        "backend": jax.default_backend(),
+        "programs": "compiled for speed" if _compiled.enabled() else "plain",
+    }
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint, all of it or nothing.
+
+    Raises:
+      OSError: if it cannot be written. A file that was there before is still there, and whole.
+    """
+    path = Path(path)
+    arrays = {
+        name: getattr(checkpoint, name)
+        for name in ("params", "optimizer_state", "states", "best_params")
+    }
+    payload = serialization.msgpack_serialize(
+        arrays
+        | {
+            "schedule": checkpoint.schedule._asdict(),
+            "episodes": checkpoint.episodes._asdict(),
+        }
+    )
+    run = {
+        "version": checkpoint.version,
+        "mean_return": checkpoint.mean_return,
+        "best_mean_return": checkpoint.best_mean_return,
+        "skipped": checkpoint.skipped,
+        "seconds": checkpoint.seconds,
+        "versions": checkpoint.versions,
+        "config": checkpoint.config.as_dict(),
+    }
+    header = {"what": _MAGIC, "format": FORMAT, "sha256": _checksum(run, payload), "run": run}
+    _write_whole(path, json.dumps(header).encode() + b"\n", payload)
+
+
+def _write_whole(path: Path, *parts: bytes) -> None:
+    """Writes a file so that it is there as a whole or not at all, whatever happens meanwhile."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "wb") as file:
+            for part in parts:  # one by one, because joining them would copy them
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+    if os.name == "posix":  # the name itself must reach the disk as well
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads one checkpoint file, and believes nothing that it has not checked.
+
+    Raises:
+      CheckpointError: if the file is missing, damaged, of another kind, or of a newer format.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = _parse_header(path, file.readline(_MAX_HEADER))
+            payload = file.read()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}.") from error
+    run = header["run"]
+    if _checksum(run, payload) != header.get("sha256"):
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: its checksum does not match its {len(payload):,} bytes."
+        )
+    try:
+        arrays = serialization.msgpack_restore(payload)
+        optimizer_state = arrays["opt_state" if header["format"] == 1 else "optimizer_state"]
+        return Checkpoint(
+            config=A3CConfig(**run["config"]),
+            params=arrays["params"],
+            optimizer_state=optimizer_state,
+            schedule=Schedule(**arrays["schedule"]),
+            skipped=run["skipped"],
+            states=arrays["states"],
+            episodes=EpisodeLog(**arrays["episodes"]),
+            best_params=arrays["best_params"],
+            best_mean_return=run["best_mean_return"],
+            seconds=run["seconds"],
+            versions=run["versions"],
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {path} is whole but not understood: {type(error).__name__}: {error}."
+        ) from error
+
+
+def read_mean_return(path: Path) -> float:
+    """The mean return in a file's first line; minus infinity if there is none or it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            mean = float(_parse_header(path, file.readline(_MAX_HEADER))["run"]["mean_return"])
+    except (OSError, CheckpointError, KeyError, TypeError, ValueError):
+        return float("-inf")
+    return float("-inf") if np.isnan(mean) else mean
+
+
+def _parse_header(path: str | Path, line: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or header.get("what") != _MAGIC:
+        raise CheckpointError(f"{path} is no a3c_jax checkpoint, or its first line is damaged.")
+    number, run = header.get("format"), header.get("run")
+    if type(number) is not int or number < 1 or not isinstance(run, dict):
+        raise CheckpointError(f"checkpoint {path} is damaged: its first line is not complete.")
+    if number > FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {number}, but this version of a3c_jax reads up to {FORMAT}; "
+            f"use the version that wrote it ({run.get('versions')}), or a newer one."
+        )
+    return header
+
+
+def _checksum(run: dict[str, Any], payload: bytes) -> str:
+    checksum = hashlib.sha256(json.dumps(run, sort_keys=True).encode())
+    checksum.update(payload)
+    return checksum.hexdigest()

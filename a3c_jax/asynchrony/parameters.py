@@ -1,0 +1,247 @@
+"""The store: the one set of parameters that all workers share, and the optimizer's state beside it."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import optax
+
+from a3c_jax import _compiled
+from a3c_jax.asynchrony.tables import Table
+from a3c_jax.optimizers import OptimizerState, Updater, make_updater
+
+T = TypeVar("T")
+
+
+class Snapshot(NamedTuple):
+    """The parameters at one moment.
+
+    Attributes:
+      params: the parameters. They are immutable, so that a snapshot is a reference and never a copy.
+      version: the number of updates applied to them.
+    """
+
+    params: Any
+    version: int
+
+
+class Schedule(NamedTuple):
+    """Which worker made each update, and from which version: row k led from version k to version k + 1.
+
+    Attributes:
+      worker: `[updates]` int32.
+      pulled_version: `[updates]` int64. The staleness of update k is k minus this.
+    """
+
+    worker: np.ndarray
+    pulled_version: np.ndarray
+
+    @property
+    def staleness(self) -> np.ndarray:
+        """How many updates others applied between each update's pull and its apply, `[updates]` int64."""
+        return np.arange(len(self.worker)) - self.pulled_version
+
+    def check(self, num_workers: int) -> None:
+        """Checks that `num_workers` workers can have made these updates.
+
+        Raises:
+          ValueError: if the columns differ in length, or if a row names a worker or a version that
+            cannot exist.
+        """
+        worker, pulled = np.asarray(self.worker), np.asarray(self.pulled_version)
+        if worker.ndim != 1 or worker.shape != pulled.shape:
+            raise ValueError(
+                f"a schedule must be two vectors of equal length, got {worker.shape} and {pulled.shape}; "
+                "give a worker and a version for each update."
+            )
+        if not worker.size:
+            return
+        if worker.min() < 0 or worker.max() >= num_workers:
+            raise ValueError(
+                f"schedule.worker must lie in [0, {num_workers - 1}], got {worker.min()} to "
+                f"{worker.max()}; give the num_workers of the run that made it."
+            )
+        if pulled.min() < 0 or np.any(pulled > np.arange(len(pulled))):
+            raise ValueError(
+                "schedule.pulled_version must name a version that exists when the update is made: at least 0, "
+                "and at most k in row k; give the schedule from the run's first update on."
+            )
+
+
+class StoreState(NamedTuple):
+    """Everything that a store holds at one moment between two updates.
+
+    Attributes:
+      snapshot: the parameters and their version.
+      optimizer_state: the optimizer's state.
+      schedule: the updates so far, as many as the version says.
+      skipped: how many of them were not finite and changed nothing.
+    """
+
+    snapshot: Snapshot
+    optimizer_state: Any
+    schedule: Schedule
+    skipped: int
+
+
+class Update(NamedTuple):
+    """An update that is about to become visible.
+
+    Attributes:
+      worker: who computed the gradients.
+      staleness: how many updates others applied since that worker pulled.
+      snapshot: the parameters that the update leads to, and their version.
+    """
+
+    worker: int
+    staleness: int
+    snapshot: Snapshot
+
+
+class NonFiniteError(ArithmeticError):
+    """An update was refused because it holds a NaN or an infinity. The parameters are as before."""
+
+
+class SharedParameters:
+    """Parameters, optimizer state and version, replaced together under one lock.
+
+    JAX arrays are immutable, so that a reader never sees a half-written update. Nothing is donated,
+    because another thread may still hold any version.
+
+    >>> import jax.numpy as jnp, optax
+    >>> store = SharedParameters(jnp.zeros(2), optax.sgd(0.5))
+    >>> params, version = store.pull()
+    >>> store.apply(jnp.ones(2), version)
+    0
+    >>> store.pull()
+    Snapshot(params=Array([-0.5, -0.5], dtype=float32), version=1)
+
+    Args:
+      params: the initial parameters, any tree of arrays.
+      optimizer: an optax transformation, or an `Updater` whose functions are compiled already. If the
+        transformation's update takes the extra argument `worker`, it learns who sent the gradients.
+      num_workers: how many workers there are; None accepts any number.
+      skip_nonfinite: what to do with an update that is not finite. False refuses it with an error. True
+        counts it in the version and the schedule, and leaves the parameters as they are.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        optimizer: optax.GradientTransformation | Updater,
+        num_workers: int | None = None,
+        *,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        if not isinstance(optimizer, Updater):
+            init, update = make_updater(optimizer)
+            optimizer = Updater(jax.jit(init), jax.jit(update))
+        self._update = optimizer.update
+        self._num_workers = num_workers
+        self._skip_nonfinite = skip_nonfinite
+        self._skipped = 0
+        self._schedule = Table(Schedule, np.int32, np.int64)
+        self._lock = threading.Lock()
+        # One tuple, replaced as a whole, so that it can be read without the lock.
+        self._current: tuple[Snapshot, Any] = (Snapshot(params, 0), optimizer.init(params))
+
+    def pull(self) -> Snapshot:
+        """The current parameters and their version, consistent with each other. Needs no lock."""
+        return self._current[0]
+
+    def apply(self, gradients: Any, pulled_version: int, worker: int = 0) -> int:
+        """Moves the parameters along one worker's gradients; see `applying`.
+
+        Returns:
+          The staleness: how many updates others applied since the pull.
+        """
+        with self.applying(gradients, pulled_version, worker) as update:
+            return update.staleness
+
+    @contextlib.contextmanager
+    def applying(self, gradients: Any, pulled_version: int, worker: int = 0) -> Iterator[Update]:
+        """Moves the parameters along one worker's gradients, and runs a block as part of the update.
+
+        The block runs with the lock held, just before the update becomes visible. What it writes down
+        therefore belongs to the same consistent moment of the run. If it raises, there is no update.
+
+        Args:
+          gradients: a tree like the parameters. They must be computed already
+            (`jax.block_until_ready`), so that nobody waits for them with the lock held.
+          pulled_version: the version of the snapshot that the gradients were computed from.
+          worker: who computed them.
+
+        Yields:
+          The update.
+
+        Raises:
+          ValueError: if `pulled_version` is not a version so far, or if there is no such worker.
+          NonFiniteError: if the gradients, or what the update makes of them, are not finite.
+        """
+        self._check(pulled_version, worker)
+        # The new parameters are computed before the lock is taken, because most of the time nobody else
+        # comes in between. If somebody did, they are computed again from what is there now.
+        basis = self._current
+        params, optimizer_state, finite = self._move(gradients, basis, worker)
+        with self._lock:
+            if basis is not self._current:
+                basis = self._current
+                params, optimizer_state, finite = self._move(gradients, basis, worker)
+            version = basis[0].version
+            if not finite and not self._skip_nonfinite:
+                raise NonFiniteError(
+                    f"the update of version {version} by worker {worker} has a NaN or an infinity "
+                    "in its gradients, or makes one of the parameters; lower the learning rate, "
+                    "or clip the gradients."
+                )
+            snapshot = Snapshot(params, version + 1)
+            yield Update(worker, version - pulled_version, snapshot)
+            self._schedule.append(worker, pulled_version)
+            self._skipped += not finite
+            self._current = (snapshot, optimizer_state)
+
+    @property
+    def optimizer_state(self) -> Any:
+        """The optimizer's state, as optax keeps it."""
+        return _compiled.unpack(self._current[1]).state
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of updates so far."""
+        return self._schedule.rows()
+
+    def freeze(self, read: Callable[[], T]) -> tuple[StoreState, T]:
+        """The store's state, and what `read()` returns, as of the same moment between two updates."""
+        with self._lock:
+            return StoreState(*self._current, self._schedule.rows(), self._skipped), read()
+
+    def restore(self, state: StoreState) -> None:
+        """Goes on from a state that `freeze` gave. Call it before any thread uses the store."""
+        snapshot, optimizer_state, schedule, self._skipped = state
+        self._current = (snapshot, optimizer_state)
+        self._schedule = Table(Schedule, np.int32, np.int64)
+        self._schedule.extend(len(schedule.worker), *schedule)
+
+    def _move(
+        self, gradients: Any, basis: tuple[Snapshot, Any], worker: int
+    ) -> tuple[Any, OptimizerState, bool]:
+        """What an update makes of the parameters and the optimizer's state, and whether it is finite."""
+        (params, _), optimizer_state = basis
+        params, optimizer_state = self._update(gradients, optimizer_state, params, worker)
+        return params, optimizer_state, bool(optimizer_state.finite)
+
+    def _check(self, pulled_version: int, worker: int) -> None:
+        if self._num_workers is not None and not 0 <= worker < self._num_workers:
+            raise ValueError(
+                f"worker must lie in [0, {self._num_workers - 1}], got {worker}; make the store with "
+                "a larger num_workers."
+            )
+        version = self._current[0].version
+        if not 0 <= pulled_version <= version:
+            raise ValueError(
+                f"pulled_version must lie in [0, {version}], the versions so far, got "
+                f"{pulled_version}; pass the version of the snapshot that was pulled."
+            )

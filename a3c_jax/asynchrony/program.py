@@ -1,0 +1,158 @@
+"""`build`: what a configuration describes, compiled once as a value, and run as often as one likes."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from a3c_jax import _compiled
+from a3c_jax.blueprint import Blueprint, make_blueprint
+from a3c_jax.config import A3CConfig, changes_needing_compilation
+from a3c_jax.environments import Environment
+from a3c_jax.optimizers import Updater, make_updater
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A training program, compiled and ready to run: give it to `train` or `replay`.
+
+    Attributes:
+      config: the configuration.
+      blueprint: what the configuration describes, as pure functions.
+      step: the worker step, compiled: `step(params, state) -> (gradients, state, report)`.
+      updater: the optimizer's update, compiled.
+      init: `init(seed, observation)` gives the initial parameters, Flax variables.
+      start: `start(seed, worker)` gives a worker's initial state.
+      max_concurrent_calls: how many threads should call the step at the same time, as a function of the
+        number of threads and the step's arguments; None sets no limit.
+      seconds: wall-clock seconds that building took, for `setup` and `compile`.
+    """
+
+    config: A3CConfig
+    blueprint: Blueprint
+    step: Callable[[Any, Any], tuple[Any, Any, Any]]
+    updater: Updater
+    init: Callable[[Any, Any], Any]
+    start: Callable[[Any, Any], Any]
+    max_concurrent_calls: Callable[..., int | None]
+    seconds: dict[str, float]
+
+    @property
+    def environment(self) -> Environment:
+        """What is played."""
+        return self.blueprint.environment
+
+    @property
+    def network(self) -> Any:
+        """The network; `network.apply(params, observation)` gives a distribution and values."""
+        return self.blueprint.network
+
+    def replace(self, **changes: Any) -> "Program":
+        """The same program under a changed configuration, without compiling anything again.
+
+        >>> program = build(A3CConfig(max_steps=1_000))
+        >>> program.replace(seed=7).config.seed
+        7
+
+        Args:
+          **changes: fields of the configuration that the compiled functions do not depend on: the seed,
+            the budgets, the number of workers.
+
+        Raises:
+          ValueError: if a changed field needs another program.
+        """
+        config = dataclasses.replace(self.config, **changes)
+        refused = changes_needing_compilation(self.config, config)
+        if refused:
+            raise ValueError(
+                f"Program.replace must not change {', '.join(refused)}, which the compiled functions "
+                "depend on; build another program."
+            )
+        return dataclasses.replace(self, config=config)
+
+    def initial_states(self) -> list[Any]:
+        """Each worker's initial state."""
+        seed = np.uint32(self.config.seed)
+        return [self.start(seed, np.int32(w)) for w in range(self.config.num_workers)]
+
+    def initial_params(self) -> Any:
+        """The initial parameters."""
+        seed = np.uint32(self.config.seed)
+        return self.init(seed, self.start(seed, np.int32(0)).observation)
+
+    def evaluation_key(self) -> jax.Array:
+        """A random key for evaluation, which no worker uses."""
+        return self.blueprint.evaluation_key(self.config.seed)
+
+
+def build(config: A3CConfig, *, environment: Any = None, network: Any = None) -> Program:
+    """Builds and compiles what a configuration describes.
+
+    >>> from a3c_jax import A3CConfig, build, train
+    >>> program = build(A3CConfig(num_workers=2, max_steps=1_000))
+    >>> [train(program.replace(seed=seed)).version for seed in range(3)]
+    [8, 8, 8]
+
+    Args:
+      config: the configuration.
+      environment: what to play instead of the environment that the configuration names: an object with
+        gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`.
+      network: what to train instead of the network that the configuration describes: a module like
+        `a3c_jax.networks.ActorCritic`.
+
+    Returns:
+      The program.
+
+    Raises:
+      ValueError: if the environment is unknown or not supported, or if environment, network and
+        configuration do not fit together.
+    """
+    began = time.perf_counter()
+    blueprint = make_blueprint(config, environment=environment, network=network)
+    init = _compiled.compile_for_few_calls(blueprint.init)
+    start = _compiled.compile_for_few_calls(blueprint.start)
+    seed = np.uint32(config.seed)
+    state = start(seed, np.int32(0))
+    params = init(seed, state.observation)
+    set_up = time.perf_counter()
+
+    step = _compiled.compile(blueprint.worker_step, params, state)
+    gradients, _, _ = step(params, state)
+    updater = compile_updater(
+        make_updater(blueprint.optimizer(config.learning_rate)), params, gradients
+    )
+    return Program(
+        config=config,
+        blueprint=blueprint,
+        step=step,
+        updater=updater,
+        init=init,
+        start=start,
+        max_concurrent_calls=step.max_concurrent_calls,
+        seconds={"setup": set_up - began, "compile": time.perf_counter() - set_up},
+    )
+
+
+def compile_updater(updater: Updater, params: Any, gradients: Any) -> Updater:
+    """An updater with its functions compiled for parameters and gradients like these."""
+    init = _compiled.compile(updater.init, params)
+    return Updater(init, _compiled.compile(updater.update, gradients, init(params), params, 0))
+
+
+def as_program(config: A3CConfig | Program, environment: Any, network: Any) -> Program:
+    """A program as it is; a configuration built.
+
+    Raises:
+      ValueError: if a program is given together with an environment or a network.
+    """
+    if not isinstance(config, Program):
+        return build(config, environment=environment, network=network)
+    if environment is not None or network is not None:
+        raise ValueError(
+            "environment and network belong to build, got them beside a Program, which is compiled "
+            "already; give them to build."
+        )
+    return config

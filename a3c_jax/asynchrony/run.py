@@ -1,0 +1,284 @@
+"""One run of a program: what `train` with its threads and `replay` with its loop have in common."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from a3c_jax import _compiled
+from a3c_jax.asynchrony.checkpoint_files import Checkpoint, CheckpointError, library_versions
+from a3c_jax.asynchrony.checkpoints import check_same_run
+from a3c_jax.asynchrony.metrics import Counters, EpisodeLog, segment_metrics
+from a3c_jax.asynchrony.parameters import (
+    NonFiniteError,
+    Schedule,
+    SharedParameters,
+    Snapshot,
+    StoreState,
+    Update,
+)
+from a3c_jax.asynchrony.program import Program
+from a3c_jax.asynchrony.threads import WorkerError
+from a3c_jax.asynchrony.trees import name_leaves, restore_from_vector, restore_leaves
+from a3c_jax.config import A3CConfig
+from a3c_jax.environments import Environment
+
+T = TypeVar("T")
+
+
+class TrainResult(NamedTuple):
+    """What a run leaves behind.
+
+    Attributes:
+      config: its configuration.
+      environment: what was played, for evaluation for instance.
+      network: the network; `network.apply(params, observation)` gives a distribution and values.
+      params: the final parameters, Flax variables.
+      best_params: those at the highest mean return of the last `config.solved_window` episodes; the
+        final ones if fewer episodes ended.
+      best_mean_return: that mean, or None.
+      opt_state: the optimizer's state, as optax keeps it.
+      version: number of updates.
+      environment_steps: number of environment steps, all workers together.
+      overshoot: how many of them were beyond `config.max_steps`: less than one segment.
+      episodes: every episode that ended.
+      schedule: which worker made each update, from which version: what `replay` needs.
+      skipped: how many updates were not finite, and skipped (`config.nonfinite`).
+      stop_reason: `solved`, `max_steps`, `max_episodes`, `interrupted`, `failed` or `replayed`.
+      wall_clock: seconds spent on `setup`, `compile` and `train`. The first two are those of building the
+        program, which several runs may share.
+      evaluation_key: a random key for evaluation, which no worker has used.
+    """
+
+    config: A3CConfig
+    environment: Environment
+    network: Any
+    params: Any
+    best_params: Any
+    best_mean_return: float | None
+    opt_state: Any
+    version: int
+    environment_steps: int
+    overshoot: int
+    episodes: EpisodeLog
+    schedule: Schedule
+    skipped: int
+    stop_reason: str
+    wall_clock: dict[str, float]
+    evaluation_key: jax.Array
+
+
+class Run:
+    """The store, the workers' states, the counters and the clock of one run.
+
+    Args:
+      program: what to run.
+      params: the parameters to start from; None takes the program's initial ones.
+
+    Attributes:
+      store: the shared parameters.
+      states: each worker's state as of its last update.
+      counters: the totals.
+      stop_reason: why the run ended, or None while it may go on.
+    """
+
+    def __init__(self, program: Program, params: Any = None) -> None:
+        began = time.perf_counter()
+        config = program.config
+        initial = program.initial_params() if params is None else _check_params(program, params)
+        self.program = program
+        self.states = program.initial_states()
+        self.store = SharedParameters(
+            initial,
+            program.updater,
+            config.num_workers,
+            skip_nonfinite=config.nonfinite == "skip",
+        )
+        self.counters = Counters(config.steps_per_update, config.solved_window)
+        self.stop_reason: str | None = None
+        self._best: tuple[float | None, Any] = (None, initial)
+        self._seconds_before = 0.0
+        self._setup = time.perf_counter() - began
+
+    @property
+    def version(self) -> int:
+        """Number of updates so far."""
+        return self.store.pull().version
+
+    @property
+    def remaining_updates(self) -> int | None:
+        """How many updates the budget of steps still allows; None if there is no such budget."""
+        if self.stop_reason is not None:
+            return 0
+        limit = self.program.config.max_updates
+        return None if limit is None else max(0, limit - self.version)
+
+    def start_clock(self) -> None:
+        """Starts counting the seconds of training."""
+        self._clock = time.perf_counter()
+        self.counters.start_clock(self._seconds_before)
+
+    def on_update(self, update: Update, report: Any) -> bool:
+        """Counts an update, as part of it; True if it was the last one."""
+        self.counters.count(update, report)
+        if report.num_episodes:
+            self._judge(update.snapshot.params)
+        return self.stop_reason is not None
+
+    def _judge(self, params: Any) -> None:
+        """Notes the best parameters so far, and decides whether the run ends."""
+        config, mean_return = self.program.config, self.counters.mean_return
+        if mean_return is not None and not np.isnan(mean_return):
+            if self._best[0] is None or mean_return > self._best[0]:
+                self._best = (mean_return, params)
+            if config.solved_return is not None and mean_return >= config.solved_return:
+                self.stop_reason = self.stop_reason or "solved"
+        episodes = self.counters.totals.episodes
+        if config.max_episodes is not None and episodes >= config.max_episodes:
+            self.stop_reason = self.stop_reason or "max_episodes"
+
+    def finish(self, stop_reason: str) -> TrainResult:
+        """Stops the clock; what the run came to."""
+        seconds_of_training = time.perf_counter() - self._clock
+        self.stop_reason = stop_reason
+        state, _ = self.store.freeze(lambda: None)
+        params, version = state.snapshot
+        best_mean_return, best_params = self._best
+        config, totals = self.program.config, self.counters.totals
+        limit = config.max_steps
+        seconds = self.program.seconds
+        return TrainResult(
+            config=config,
+            environment=self.program.environment,
+            network=self.program.network,
+            params=_compiled.unpack(params),
+            best_params=_compiled.unpack(params if best_mean_return is None else best_params),
+            best_mean_return=best_mean_return,
+            opt_state=_compiled.unpack(state.optimizer_state).state,
+            version=version,
+            environment_steps=totals.environment_steps,
+            overshoot=0 if limit is None else max(0, totals.environment_steps - limit),
+            episodes=self.counters.log(),
+            schedule=state.schedule,
+            skipped=state.skipped,
+            stop_reason=stop_reason,
+            wall_clock={
+                "setup": seconds["setup"] + self._setup,
+                "compile": seconds["compile"],
+                "train": seconds_of_training,
+            },
+            evaluation_key=self.program.evaluation_key(),
+        )
+
+    def explain(self, error: WorkerError) -> None:
+        """Adds to the error of an update that was not finite what was not finite in its segment."""
+        if isinstance(error.__cause__, NonFiniteError) and error.report is not None:
+            metrics = segment_metrics(error.report)
+            bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+            error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
+
+    def checkpoint(self) -> Checkpoint:
+        """The whole run as of one moment between two updates."""
+        state, (states, episodes, best, seconds) = self.store.freeze(
+            lambda: (list(self.states), self.counters.log(), self._best, self.counters.seconds)
+        )
+        named = [name_leaves(_compiled.unpack(s)) for s in states]
+        params = name_leaves(_compiled.unpack(state.snapshot.params))
+        return Checkpoint(
+            config=self.program.config,
+            params=params,
+            optimizer_state=name_leaves(_compiled.unpack(state.optimizer_state)),
+            schedule=state.schedule,
+            skipped=state.skipped,
+            states={name: np.stack([s[name] for s in named]) for name in named[0]},
+            episodes=episodes,
+            best_params=params if best[0] is None else name_leaves(_compiled.unpack(best[1])),
+            best_mean_return=best[0],
+            seconds=seconds,
+            versions=library_versions(),
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint of a run of the same program.
+
+        Raises:
+          ValueError: if the checkpoint's configuration differs in more than the budgets.
+          CheckpointError: if its arrays do not fit the program's.
+        """
+        check_same_run(checkpoint.config, self.program.config)
+        now, _ = self.store.freeze(lambda: None)
+        like = _compiled.unpack(now.snapshot.params)
+        params = _fill("params", checkpoint.params, like)
+        best_params = _fill("best_params", checkpoint.best_params, like)
+        like = _compiled.unpack(now.optimizer_state)
+        optimizer_state = _fill("optimizer_state", checkpoint.optimizer_state, like)
+        self.states[:] = [
+            _fill("states", saved, _compiled.unpack(state))
+            for saved, state in zip(
+                _by_worker(checkpoint.states, len(self.states)), self.states, strict=True
+            )
+        ]
+        self.store.restore(
+            StoreState(
+                Snapshot(params, checkpoint.version),
+                optimizer_state,
+                checkpoint.schedule,
+                checkpoint.skipped,
+            )
+        )
+        self._seconds_before = checkpoint.seconds
+        self.counters.restore(
+            checkpoint.version,
+            checkpoint.schedule.staleness,
+            checkpoint.episodes,
+            checkpoint.seconds,
+        )
+        self._best = (checkpoint.best_mean_return, best_params)
+        self._judge(params)
+
+
+def _fill(what: str, saved: Any, like: Any) -> Any:
+    """The saved arrays as a tree like `like`."""
+    fill: Callable[[str, Any, Any], Any] = (
+        restore_leaves if isinstance(saved, dict) else restore_from_vector
+    )
+    try:
+        return fill(what, saved, like)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the checkpoint does not fit: {error}; give the environment, the network and the "
+            "optimizer that the run was started with."
+        ) from None
+
+
+def _by_worker(states: Any, num_workers: int) -> list[Any]:
+    """The saved states of each worker.
+
+    Raises:
+      CheckpointError: if they are of another number of workers.
+    """
+    arrays = states if isinstance(states, dict) else {"": states}
+    for name, array in arrays.items():
+        if array.shape[:1] != (num_workers,):
+            raise CheckpointError(
+                f"the checkpoint does not fit: states {name!r} has the shape {list(array.shape)}, but "
+                f"this run has {num_workers} workers; give a checkpoint of the same run."
+            )
+    if not isinstance(states, dict):
+        return list(states)
+    return [{name: array[w] for name, array in states.items()} for w in range(num_workers)]
+
+
+def _check_params(program: Program, params: Any) -> Any:
+    """Parameters to start from, as arrays of the program's own.
+
+    Raises:
+      ValueError: if their names, shapes or dtypes are not those of the network's parameters.
+    """
+    initial = program.initial_params()
+    try:
+        return restore_leaves("params", name_leaves(params), initial)
+    except ValueError as error:
+        raise ValueError(f"{error}; give parameters of the same network.") from None

@@ -1,0 +1,42 @@
+"""How Ctrl-C and SIGTERM end a run: noted by a handler, and raised where it is safe."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Notes the first Ctrl-C or SIGTERM in a list, instead of raising it wherever the main thread is.
+
+    Python drops a KeyboardInterrupt that is raised inside a destructor or a callback of the garbage
+    collector, and one that is raised inside a library may leave its locks held. A second signal is
+    raised at once, as a KeyboardInterrupt. Outside the main thread, or if somebody else handles a
+    signal, nothing changes.
+
+    Yields:
+      The list: empty, or with the number of the signal that came.
+    """
+    noted: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt(number)
+        noted.append(number)
+
+    usual: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
+    for number in ours:
+        signal.signal(number, handle)
+    try:
+        yield noted
+    finally:
+        for number in ours:
+            signal.signal(number, usual[number])

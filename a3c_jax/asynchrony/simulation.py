@@ -1,0 +1,196 @@
+"""Asynchrony without threads: a whole run with any schedule of updates as one compiled program.
+
+A run is determined by the initial parameters, the workers' initial states and a schedule, which says
+which worker makes each update, and from which version of the parameters. Threads produce one schedule or
+another. Here it is an argument, so that many runs can be compared under the same asynchrony.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from a3c_jax.asynchrony.parameters import Schedule
+from a3c_jax.asynchrony.schedules import check_int
+from a3c_jax.blueprint import Blueprint, make_blueprint
+from a3c_jax.config import A3CConfig
+from a3c_jax.optimizers import make_updater
+
+Array = jax.Array
+
+
+class SimulationResult(NamedTuple):
+    """What a simulated run leaves behind. Mapped over B runs, each array has a leading axis B.
+
+    Attributes:
+      params: the final parameters, Flax variables.
+      num_episodes: how many episodes ended in each update's segment, `[updates]` int32.
+      episode_return: their mean return, `[updates]` float32; 0 if none ended.
+      metrics: the parts of the loss and `gradient_norm` (`a3c_jax.worker.Statistics`), `[updates]` each.
+      applied: whether the update changed the parameters, `[updates]` bool. It did not if it was not finite,
+        or if its row of the schedule is impossible. If `config.nonfinite` is `stop`, the run ends there:
+        all later rows are False too, and no more episodes are counted.
+    """
+
+    params: Any
+    num_episodes: Array
+    episode_return: Array
+    metrics: dict[str, Array]
+    applied: Array
+
+    def final_return(self, fraction: float = 0.1) -> Array:
+        """Mean return of the episodes that ended in the last part of the run, `[]`; NaN if none ended.
+
+        Args:
+          fraction: which part of the updates counts, in (0, 1].
+        """
+        last = -max(1, round(fraction * self.num_episodes.shape[-1]))
+        count = self.num_episodes[..., last:]
+        total = jnp.sum(count * self.episode_return[..., last:], axis=-1)
+        return total / jnp.sum(count, axis=-1)
+
+
+Simulate = Callable[[Any, Any, Schedule], SimulationResult]
+
+
+def make_simulation(
+    config: A3CConfig,
+    max_staleness: int,
+    *,
+    environment: Any = None,
+    network: Any = None,
+) -> Simulate:
+    """Makes a function that simulates whole runs: `simulate(seed, learning_rate, schedule)`.
+
+    It computes what `a3c_jax.replay` computes for the same schedule, but for the last bits of floats,
+    because the compiler rounds differently in a different program. It is a pure function, and its three
+    arguments may be traced: map it over seeds, learning rates and schedules of equal length with
+    `jax.vmap`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from a3c_jax import A3CConfig, fixed_delay, make_simulation
+    >>> simulate = make_simulation(A3CConfig(num_workers=1, hidden_sizes=(8,)), max_staleness=4)
+    >>> over_seeds = jax.vmap(simulate, in_axes=(0, None, None))
+    >>> over_seeds(jnp.arange(10), 2e-3, fixed_delay(4, num_updates=20)).applied.shape
+    (10, 20)
+
+    Args:
+      config: the configuration. Its seed, its learning rate and its budgets are not used, except that a
+        `linear` learning rate is annealed over `max_steps`.
+      max_staleness: the largest staleness of the schedules to come. One more version of the parameters
+        than this is kept.
+      environment: what to play instead of the environment that the configuration names.
+      network: what to train instead of the network that it describes.
+
+    Returns:
+      `simulate(seed, learning_rate, schedule) -> SimulationResult`, with a seed in `[0, 2**32)` and a
+      positive learning rate, scalars each. It is compiled once for each number of updates. If a schedule
+      that is not traced names a worker, a version or a staleness that cannot be, it raises a ValueError;
+      such a row of a traced one is not applied.
+
+    Raises:
+      ValueError: if `max_staleness` is negative, or if the environment is unknown or not supported.
+    """
+    check_int("max_staleness", max_staleness, 0)
+    blueprint = make_blueprint(config, environment=environment, network=network)
+    num_versions, skips = max_staleness + 1, config.nonfinite == "skip"
+    run = jax.jit(_make_run(blueprint, config.num_workers, num_versions, skips))
+
+    def simulate(seed: Any, learning_rate: Any, schedule: Schedule) -> SimulationResult:
+        if not any(isinstance(column, jax.core.Tracer) for column in schedule):
+            _check_schedule(schedule, config.num_workers, max_staleness)
+        return run(
+            jnp.asarray(seed, jnp.uint32),
+            jnp.asarray(learning_rate, jnp.float32),
+            jax.tree.map(lambda column: jnp.asarray(column, jnp.int32), schedule),
+        )
+
+    return simulate
+
+
+class _Carry(NamedTuple):
+    """What one simulated update hands to the next."""
+
+    params: Array
+    versions: Array  # the last versions of the parameters: version v is in row v % num_versions
+    optimizer_state: Any
+    states: Any  # every worker's, with a leading axis
+    runs: Array  # whether the run goes on: False after an update that stopped it
+
+
+def _make_run(
+    blueprint: Blueprint, num_workers: int, num_versions: int, skips: bool
+) -> Callable[[Array, Array, Schedule], SimulationResult]:
+    """The whole run as a pure function of seed, learning rate and schedule."""
+
+    def run(seed: Array, learning_rate: Array, schedule: Schedule) -> SimulationResult:
+        updater = make_updater(blueprint.optimizer(learning_rate))
+        states = jax.vmap(blueprint.start, (None, 0))(seed, jnp.arange(num_workers))
+        observation = jax.tree.map(lambda x: x[0], states.observation)
+        initial = blueprint.init(seed, observation)
+        params, unravel = ravel_pytree(initial)  # one vector, so that a version is one row
+        versions = jnp.zeros((num_versions, params.size), params.dtype).at[0].set(params)
+
+        def update(carry: _Carry, row: Any) -> tuple[_Carry, Any]:
+            k, worker, pulled = row
+            possible = (worker >= 0) & (worker < num_workers)
+            possible &= (pulled >= 0) & (pulled <= k) & (k - pulled < num_versions)
+
+            state = jax.tree.map(lambda x: x[worker], carry.states)
+            stale = unravel(carry.versions[pulled % num_versions])
+            gradients, new_state, statistics = blueprint.worker_step(stale, state)
+            new_params, optimizer_state = updater.update(
+                gradients, carry.optimizer_state, unravel(carry.params), worker
+            )
+
+            applied = possible & optimizer_state.finite
+            runs = carry.runs & (applied | skips)
+            applied &= runs
+            params, optimizer_state = _select(
+                applied,
+                (ravel_pytree(new_params)[0], optimizer_state),
+                (carry.params, carry.optimizer_state),
+            )
+            new_state = _select(runs, new_state, state)
+            carry = _Carry(
+                params,
+                carry.versions.at[(k + 1) % num_versions].set(params),
+                optimizer_state,
+                jax.tree.map(lambda x, y: x.at[worker].set(y), carry.states, new_state),
+                runs,
+            )
+            return carry, (*_mean_return(statistics.episodes, runs), statistics.metrics, applied)
+
+        carry = _Carry(params, versions, updater.init(initial), states, jnp.bool_(True))
+        rows = (jnp.arange(len(schedule.worker), dtype=jnp.int32), *schedule)
+        carry, outputs = jax.lax.scan(update, carry, rows)
+        return SimulationResult(unravel(carry.params), *outputs)
+
+    return run
+
+
+def _select(condition: Array, new: Any, old: Any) -> Any:
+    """One tree or the other."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
+
+
+def _mean_return(episodes: Any, runs: Array) -> tuple[Array, Array]:
+    """How many episodes ended in a segment, and their mean return; none if the run has stopped."""
+    ended = episodes.ended & runs
+    count = jnp.sum(ended, dtype=jnp.int32)
+    total = jnp.sum(jnp.where(ended, episodes.episode_return, 0.0))
+    return count, total / jnp.maximum(count, 1)
+
+
+def _check_schedule(schedule: Schedule, num_workers: int, max_staleness: int) -> None:
+    schedule.check(num_workers)
+    if not len(schedule.worker):
+        raise ValueError("a schedule must hold one update at least, got none; give one.")
+    staleness = schedule.staleness.max()
+    if staleness > max_staleness:
+        raise ValueError(
+            f"the schedule's staleness must be at most max_staleness {max_staleness}, got "
+            f"{staleness}; make the simulation with a larger one."
+        )

@@ -1,0 +1,170 @@
+"""`train`: runs a program in worker threads, shows what happens, and saves it."""
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from a3c_jax.asynchrony.checkpoint_files import Checkpoint
+from a3c_jax.asynchrony.checkpoints import CheckpointFolder
+from a3c_jax.asynchrony.metrics import Report, Sink
+from a3c_jax.asynchrony.program import Program, as_program
+from a3c_jax.asynchrony.run import Run, TrainResult
+from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
+from a3c_jax.config import A3CConfig
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C, or SIGTERM, during `train`.
+
+    Attributes:
+      result: what the run came to until then.
+      signal: the signal's number.
+    """
+
+    def __init__(self, result: TrainResult, number: int) -> None:
+        super().__init__("training was interrupted")
+        self.result = result
+        self.signal = number
+
+
+def train(
+    config: A3CConfig | Program,
+    *,
+    environment: Any = None,
+    network: Any = None,
+    params: Any = None,
+    sinks: Sequence[Sink] = (),
+    interval: float = 0.5,
+    checkpoints: CheckpointFolder | None = None,
+    resume: Checkpoint | None = None,
+) -> TrainResult:
+    """Trains an actor-critic by asynchronous advantage actor-critic (A3C).
+
+    >>> from a3c_jax import A3CConfig, train
+    >>> train(A3CConfig(num_workers=2, max_steps=100)).version
+    1
+
+    Args:
+      config: the configuration, or a program that `build` made of one.
+      environment: what to play instead of the environment that the configuration names: an object with
+        gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`.
+      network: what to train instead of the network that the configuration describes: a module like
+        `a3c_jax.networks.ActorCritic`.
+      params: the parameters to start from; by default they are drawn with the configuration's seed.
+      sinks: where to send rows of metrics. There are none by default, so that the call is silent. They
+        are closed at the end, however the run ends.
+      interval: seconds between two rows, and between two looks at whether a checkpoint is due.
+      checkpoints: where to save the run: at its start, whenever it is due, and however it ends.
+      resume: a checkpoint to go on from (`a3c_jax.find_checkpoint`). Only the budgets of the
+        configuration may differ from the checkpoint's.
+
+    Returns:
+      The final and the best parameters, and how they came about.
+
+    Raises:
+      ValueError: if the environment is unknown or not supported, if environment, network and
+        configuration do not fit together, or if the configuration differs from the checkpoint's.
+      WorkerError: if a worker failed. Its cause is the worker's exception, and its `result` what the run
+        came to until then.
+      TrainingInterrupted: on Ctrl-C or SIGTERM: a KeyboardInterrupt that carries the result so far.
+
+    Warns:
+      RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried.
+    """
+    with contextlib.ExitStack() as stack:
+        for sink in sinks:
+            stack.callback(sink.close)
+        program = as_program(config, environment, network)
+        run = Run(program, params)
+        if resume is not None:
+            run.restore(resume)
+        threads = WorkerThreads(
+            program.step,
+            run.store,
+            run.states,
+            read_report=Report,
+            on_update=run.on_update,
+            max_updates=run.remaining_updates,
+            max_running=_max_running(program, run),
+        )
+        reports = _Reports(run, sinks, checkpoints)
+        if resume is None:
+            reports.save()  # so that there is something to go on from, whatever happens next
+        run.start_clock()
+        try:
+            threads.run(reports.tick, interval)
+        except WorkerError as error:
+            error.result = run.finish("failed")
+            run.explain(error)
+            reports.save()
+            raise
+        except KeyboardInterrupt as error:
+            result = run.finish("interrupted")
+            reports.end()
+            raise TrainingInterrupted(result, *error.args[:1] or (2,)) from None
+        except BaseException:
+            run.finish("failed")
+            reports.save()
+            raise
+        result = run.finish(run.stop_reason or "max_steps")
+        reports.end()
+        return result
+
+
+def _max_running(program: Program, run: Run) -> int | None:
+    """How many workers may play at the same time."""
+    config = program.config
+    if config.max_concurrent_workers is not None:
+        return config.max_concurrent_workers
+    params = run.store.pull().params
+    return program.max_concurrent_calls(config.num_workers, params, run.states[0])
+
+
+class _Reports:
+    """What a run shows and saves while it goes on.
+
+    Args:
+      run: the run.
+      sinks: where rows go.
+      checkpoints: where it is saved, if anywhere.
+    """
+
+    def __init__(
+        self, run: Run, sinks: Sequence[Sink], checkpoints: CheckpointFolder | None
+    ) -> None:
+        self._run, self._sinks, self._checkpoints = run, sinks, checkpoints
+
+    def tick(self) -> None:
+        """Writes a row, and saves a checkpoint if one is due."""
+        self.write()
+        if self._checkpoints is not None and self._checkpoints.due(self._run.version):
+            self.save()
+
+    def end(self) -> None:
+        """Saves the last checkpoint and writes the last row."""
+        self.save()
+        self.write()
+
+    def write(self) -> None:
+        """Sends a row and the new episodes to every sink."""
+        if not self._sinks:
+            return
+        row, episodes = self._run.counters.row(), self._run.counters.new_episodes()
+        for sink in self._sinks:
+            sink.write(row, episodes)
+
+    def save(self) -> None:
+        """Saves a checkpoint; warns if it cannot be written."""
+        if self._checkpoints is None:
+            return
+        try:
+            self._checkpoints.save(self._run.checkpoint())
+        except OSError as error:
+            warnings.warn(
+                f"the checkpoint of update {self._run.version:,} cannot be written to "
+                f"{self._checkpoints.path} ({error.strerror}); training goes on, and earlier "
+                "checkpoints stay.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
