@@ -1,118 +1,110 @@
 """Asynchronous Advantage Actor-Critic (Mnih et al. 2016, arXiv:1602.01783) in functional JAX.
 
-A worker is a pure function; asynchrony is a thin shell around it. Each module imports only from those
-above it (a test reads the imports and holds this table to it):
+A worker is a pure function; asynchrony is a thin shell around it. The package is a house of three storeys.
 
-| module          | what lives there                                                                |
-|-----------------|---------------------------------------------------------------------------------|
-| `losses`        | pure functions: n-step returns and advantages, actor, critic and entropy losses |
-| `distributions` | categorical and diagonal Gaussian                                               |
-| `config`        | `A3CConfig`, checked when it is made                                            |
-| `runtime`       | process settings for CPU, set before JAX starts                                 |
-| `packing`       | trees of small arrays as one vector, bit for bit                                |
-| `columns`       | vectors that grow at the end: the schedule, the log of episodes                 |
-| `moments`       | running mean and variance, to normalise by, shared by all workers               |
-| `kernels`       | compiling a small program into a single kernel                                  |
-| `networks`      | Flax modules: torsos, heads, actor-critic                                       |
-| `environments`  | `make(name)`: one batched protocol over gymnax                                  |
-| `rollout`       | the n-step unroll, `Trajectory`, episode statistics                             |
-| `worker`        | `worker_step`: unroll, loss and gradients                                       |
-| `parameters`    | `SharedParameters`: lock, optimizer, version, schedule of updates               |
-| `threads`       | the worker threads over an opaque step function                                 |
-| `agent`         | what a configuration describes, built                                           |
-| `evaluation`    | whole episodes by a fixed policy                                                |
-| `metrics`       | exact counters, the log of episodes, sinks                                      |
-| `checkpoints`   | one consistent cut of a whole run in one file, atomically written               |
-| `simulation`    | any schedule of updates as one compiled program, without threads                |
-| `training`      | `train(config)`: wires the above together; `replay`: does a run again           |
+**The algorithm**, pure functions: what you read to understand A3C. In this order:
 
-The names below are imported when first used, so that `import a3c_jax.losses` in a notebook loads JAX and
-nothing more.
+| module                | what lives there                                                              |
+|-----------------------|-------------------------------------------------------------------------------|
+| `losses`              | n-step returns and advantages; actor, critic and entropy losses               |
+| `value_losses`        | one-step Q-learning and Sarsa, n-step Q-learning                              |
+| `distributions`       | categorical and diagonal Gaussian                                             |
+| `config`              | `A3CConfig`, checked when it is made                                          |
+| `normalization`       | running mean and variance of observations and rewards                         |
+| `protocol`            | what an environment is to the rest of the package                             |
+| `cells`               | recurrent cells: LSTM and GRU                                                 |
+| `torsos`              | the first layers of a network: dense or convolutional                         |
+| `networks`            | `ActorCritic`: torso, recurrent core, heads                                   |
+| `gymnax_environment`  | an environment of gymnax, side by side                                        |
+| `environments`        | `make(name)`: environments of gymnax and your own                             |
+| `rollout`             | the n-step unroll, `Trajectory`, the episodes that ended                      |
+| `worker`              | `worker_step`: unroll, loss, gradients                                        |
+| `optimizers`          | optimizers by name, and one update as a pure function                         |
+| `reset_check`         | whether an environment begins anew when an episode has ended                  |
+| `checks`              | set-ups that would train without learning, refused                            |
+| `blueprint`           | what a configuration describes, as pure functions                             |
+
+**The asynchrony**, `a3c_jax.asynchrony`: the store, the worker threads, training, replay, simulation,
+checkpoints. It takes a worker step as an opaque function.
+
+**The machine room**, `a3c_jax._compiled`: everything that exists only for speed on a CPU, behind one door.
+Nothing of it is needed to understand the rest, and all of it can be switched off.
+
+A module imports only from those above it; a test reads the imports and holds the tables to that. The
+names below are imported when they are first used, so that `import a3c_jax.losses` loads JAX and little more.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from a3c_jax.checkpoints import CheckpointError, CheckpointFolder
-    from a3c_jax.config import A3CConfig
-    from a3c_jax.environments import make
-    from a3c_jax.evaluation import evaluate, greedy_policy, random_policy, sampled_policy
-    from a3c_jax.networks import ActorCritic
-    from a3c_jax.parameters import NonFiniteError, Schedule, SharedParameters, Snapshot
-    from a3c_jax.simulation import (
-        SimulationResult,
+    from a3c_jax.asynchrony.checkpoint_files import Checkpoint, CheckpointError, load_checkpoint
+    from a3c_jax.asynchrony.checkpoints import CheckpointFolder, find_checkpoint
+    from a3c_jax.asynchrony.evaluation import (
+        evaluate,
+        greedy_policy,
+        random_policy,
+        sampled_policy,
+    )
+    from a3c_jax.asynchrony.metrics import EpisodeLog, JsonLines, ProgressBar, Sink
+    from a3c_jax.asynchrony.parameters import (
+        NonFiniteError,
+        Schedule,
+        SharedParameters,
+        Snapshot,
+    )
+    from a3c_jax.asynchrony.program import Program, build
+    from a3c_jax.asynchrony.replaying import replay
+    from a3c_jax.asynchrony.run import TrainResult
+    from a3c_jax.asynchrony.schedules import (
         fixed_delay,
-        make_simulation,
         random_delays,
         round_robin,
         straggler,
     )
-    from a3c_jax.threads import WorkerError
-    from a3c_jax.training import TrainingInterrupted, TrainResult, replay, train
+    from a3c_jax.asynchrony.simulation import SimulationResult, make_simulation
+    from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
+    from a3c_jax.asynchrony.training import TrainingInterrupted, train
+    from a3c_jax.config import A3CConfig
+    from a3c_jax.environments import make
+    from a3c_jax.networks import ActorCritic
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "A3CConfig",
-    "ActorCritic",
-    "CheckpointError",
-    "CheckpointFolder",
-    "NonFiniteError",
-    "Schedule",
-    "SharedParameters",
-    "SimulationResult",
-    "Snapshot",
-    "TrainResult",
-    "TrainingInterrupted",
-    "WorkerError",
-    "evaluate",
-    "fixed_delay",
-    "greedy_policy",
-    "make",
-    "make_simulation",
-    "random_delays",
-    "random_policy",
-    "replay",
-    "round_robin",
-    "sampled_policy",
-    "straggler",
-    "train",
-]
-
-_HOME = {
-    "A3CConfig": "config",
-    "ActorCritic": "networks",
-    "CheckpointError": "checkpoints",
-    "CheckpointFolder": "checkpoints",
-    "NonFiniteError": "parameters",
-    "Schedule": "parameters",
-    "SharedParameters": "parameters",
-    "SimulationResult": "simulation",
-    "Snapshot": "parameters",
-    "TrainResult": "training",
-    "TrainingInterrupted": "training",
-    "WorkerError": "threads",
-    "evaluate": "evaluation",
-    "fixed_delay": "simulation",
-    "greedy_policy": "evaluation",
-    "make": "environments",
-    "make_simulation": "simulation",
-    "random_delays": "simulation",
-    "random_policy": "evaluation",
-    "replay": "training",
-    "round_robin": "simulation",
-    "sampled_policy": "evaluation",
-    "straggler": "simulation",
-    "train": "training",
+_NAMES = {
+    "config": ["A3CConfig"],
+    "networks": ["ActorCritic"],
+    "environments": ["make"],
+    "asynchrony.checkpoint_files": ["Checkpoint", "CheckpointError", "load_checkpoint"],
+    "asynchrony.checkpoints": ["CheckpointFolder", "find_checkpoint"],
+    "asynchrony.evaluation": ["evaluate", "greedy_policy", "random_policy", "sampled_policy"],
+    "asynchrony.metrics": ["EpisodeLog", "JsonLines", "ProgressBar", "Sink"],
+    "asynchrony.parameters": ["NonFiniteError", "Schedule", "SharedParameters", "Snapshot"],
+    "asynchrony.program": ["Program", "build"],
+    "asynchrony.replaying": ["replay"],
+    "asynchrony.run": ["TrainResult"],
+    "asynchrony.schedules": ["fixed_delay", "random_delays", "round_robin", "straggler"],
+    "asynchrony.simulation": ["SimulationResult", "make_simulation"],
+    "asynchrony.threads": ["WorkerError", "WorkerThreads"],
+    "asynchrony.training": ["TrainingInterrupted", "train"],
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_MODULES = [
+    "asynchrony", "blueprint", "cells", "checks", "config", "distributions", "environments",
+    "gymnax_environment", "losses", "networks", "normalization", "optimizers", "protocol", "reset_check",
+    "rollout", "torsos", "value_losses", "worker",
+]  # fmt: skip
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"a3c_jax.{_HOME[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"a3c_jax.{_MODULE_OF[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"a3c_jax.{name}")
     raise AttributeError(f"module 'a3c_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, *_MODULES})

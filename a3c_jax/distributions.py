@@ -44,7 +44,7 @@ class Categorical:
         a scatter, which XLA:CPU runs element by element. An action outside `0..A-1` gives NaN.
 
         Raises:
-          AssertionError: where the shape is not that of the batch, or the dtype is not of integers.
+          AssertionError: if the shape is not that of the batch, or the dtype is not of integers.
         """
         action = jnp.asarray(action)
         chex.assert_type(action, int)
@@ -89,7 +89,7 @@ class DiagonalGaussian:
         """The log-density of `action`, `[..., D]` float, as `[...]` float in nats.
 
         Raises:
-          AssertionError: where the shapes differ.
+          AssertionError: if the shapes differ.
         """
         chex.assert_equal_shape([action, self.mean, self.scale])
         z = (action - self.mean) / self.scale

@@ -11,11 +11,10 @@ Three rules hold throughout.
   value of the first observation of the next episode.
 * A termination and a time limit differ. `discount_t = discount * (1 - terminated_t)` makes the future
   worth nothing; `lambda_t = 1 - truncated_t` cuts the return there and bootstraps from `v_t` instead.
-  Where both happen at once the discount is zero, so termination wins.
-* Losses are means over every step, where the paper accumulates a sum over the t_max steps of one
-  environment. The gradient of the sum over time is T times the gradient of the mean, so a paper's
-  learning rate for plain SGD is T times smaller than ours. Adam and RMSProp divide the scale out again
-  (but for their epsilon).
+  If both happen at once, the discount is zero, so that the termination wins.
+* Losses are means over every step. The paper accumulates a sum over the t_max steps of one environment
+  instead, whose gradient is T times that of the mean, so that a paper's learning rate for plain SGD is T
+  times smaller than ours. Adam and RMSProp divide the scale out again, except for their epsilon.
 """
 
 from collections.abc import Callable
@@ -29,11 +28,18 @@ Array = jax.Array
 Metrics = dict[str, Array]
 
 
-def _assert_same_floats(**arrays: Array) -> None:
-    """Raises unless all arrays share one shape `[T, ...]` and one floating-point dtype."""
-    values = list(arrays.values())
+def _as_floats(**arrays: Any) -> list[Array]:
+    """Converts arrays to JAX's as `jnp` functions do, and asserts that they go together.
+
+    Raises:
+      AssertionError: unless all arrays share one shape `[T, ...]` and one floating-point dtype.
+    """
+    values = [jnp.asarray(x) for x in arrays.values()]
     names = " and ".join(arrays)
-    found = ", ".join(f"{k}: {jnp.shape(v)} {jnp.result_type(v)}" for k, v in arrays.items())
+    found = ", ".join(
+        f"{name}: {value.shape} {getattr(given, 'dtype', value.dtype)}"
+        for (name, given), value in zip(arrays.items(), values, strict=True)
+    )
     try:
         chex.assert_equal_shape(values)
     except AssertionError as error:
@@ -43,30 +49,31 @@ def _assert_same_floats(**arrays: Array) -> None:
         ) from error
     try:
         chex.assert_type(values, float)
-        chex.assert_type(values, jnp.result_type(values[0]))
+        chex.assert_type(values, values[0].dtype)
     except AssertionError as error:
         raise AssertionError(
             f"{names} must be float arrays of one dtype, got {found}; use astype(jnp.float32)."
         ) from error
-    if not jnp.ndim(values[0]) or not jnp.size(values[0]):
+    if not values[0].ndim or not values[0].size:
         raise AssertionError(
             f"{names} must have a leading time dimension [T, ...] and at least one element, got shape "
-            f"{jnp.shape(values[0])}."
+            f"{values[0].shape}."
         )
+    return values
 
 
 def n_step_returns(
     r_t: Array, discount_t: Array, v_t: Array, lambda_t: Array | float = 1.0
 ) -> Array:
-    r"""Returns bootstrapped from the end of a segment, and wherever `lambda_t` cuts them.
+    r"""The return of each step of a segment, bootstrapped from its end and wherever `lambda_t` is less than one.
 
     The recursion runs backwards from `G_T = v_T`:
 
     .. math::
       G_{t-1} = r_t + \gamma_t \left( (1 - \lambda_t) v_t + \lambda_t G_t \right)
 
-    With `lambda_t = 1` everywhere this is the n-step return of A3C, whose first step looks T steps
-    ahead and whose last looks one step ahead. A segment may hold several episodes.
+    With `lambda_t = 1` everywhere this is the n-step return of A3C: the first step looks T steps ahead,
+    the last one step. A segment may hold several episodes.
 
     >>> n_step_returns(jnp.array([1., 1., 1.]), jnp.array([.5, 0., .5]), jnp.array([9., 9., 4.]))
     Array([1.5, 1. , 3. ], dtype=float32)
@@ -82,13 +89,16 @@ def n_step_returns(
       The return of each step, `[T, ...]`. It is differentiable: the losses below stop the gradient.
 
     Raises:
-      AssertionError: where shapes differ or an array is not of floats.
+      AssertionError: if shapes differ or an array is not of floats.
 
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3; the recursion with a
     lambda per step is equation 12.18 of Sutton & Barto 2018.
     """
-    lambda_t = jnp.full_like(r_t, lambda_t) if jnp.ndim(lambda_t) == 0 else jnp.asarray(lambda_t)
-    _assert_same_floats(r_t=r_t, discount_t=discount_t, v_t=v_t, lambda_t=lambda_t)
+    if jnp.ndim(lambda_t) == 0:
+        lambda_t = jnp.full_like(r_t, lambda_t)
+    r_t, discount_t, v_t, lambda_t = _as_floats(
+        r_t=r_t, discount_t=discount_t, v_t=v_t, lambda_t=lambda_t
+    )
 
     def backwards(g_t: Array, step: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         r, discount, v, lambda_ = step
@@ -123,12 +133,12 @@ def n_step_advantages(
       The advantage of each action, `[T, ...]`.
 
     Raises:
-      AssertionError: where shapes differ or an array is not of floats.
+      AssertionError: if shapes differ or an array is not of floats.
 
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4; with a constant `lambda_t` below one it is
     generalised advantage estimation, Schulman et al. 2016, arXiv:1506.02438.
     """
-    _assert_same_floats(r_t=r_t, v_tm1=v_tm1)
+    r_t, v_tm1 = _as_floats(r_t=r_t, v_tm1=v_tm1)
     return n_step_returns(r_t, discount_t, v_t, lambda_t) - v_tm1
 
 
@@ -151,11 +161,11 @@ def actor_loss(log_prob_tm1: Array, advantage_tm1: Array) -> Array:
       The mean loss, a scalar.
 
     Raises:
-      AssertionError: where shapes differ or an array is not of floats.
+      AssertionError: if shapes differ or an array is not of floats.
 
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4.
     """
-    _assert_same_floats(log_prob_tm1=log_prob_tm1, advantage_tm1=advantage_tm1)
+    log_prob_tm1, advantage_tm1 = _as_floats(log_prob_tm1=log_prob_tm1, advantage_tm1=advantage_tm1)
     return -jnp.mean(log_prob_tm1 * jax.lax.stop_gradient(advantage_tm1))
 
 
@@ -178,11 +188,11 @@ def critic_loss(v_tm1: Array, return_tm1: Array) -> Array:
       The mean loss, a scalar.
 
     Raises:
-      AssertionError: where shapes differ or an array is not of floats.
+      AssertionError: if shapes differ or an array is not of floats.
 
     Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm S3 (whose squared error has no half).
     """
-    _assert_same_floats(v_tm1=v_tm1, return_tm1=return_tm1)
+    v_tm1, return_tm1 = _as_floats(v_tm1=v_tm1, return_tm1=return_tm1)
     return 0.5 * jnp.mean(jnp.square(jax.lax.stop_gradient(return_tm1) - v_tm1))
 
 
@@ -202,11 +212,11 @@ def entropy_loss(entropy_tm1: Array) -> Array:
       The mean loss, a scalar: never positive for a categorical distribution.
 
     Raises:
-      AssertionError: where the array is not of floats.
+      AssertionError: if the array is not of floats.
 
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4, after Williams & Peng 1991.
     """
-    _assert_same_floats(entropy_tm1=entropy_tm1)
+    (entropy_tm1,) = _as_floats(entropy_tm1=entropy_tm1)
     return -jnp.mean(entropy_tm1)
 
 
@@ -216,8 +226,8 @@ def explained_variance(v_tm1: Array, return_tm1: Array) -> Array:
     .. math::
       1 - \frac{\text{Var}[G - v]}{\text{Var}[G]}
 
-    One is a perfect critic, zero no better than a constant, negative worse than a constant. Where the
-    returns do not vary it is zero.
+    One means a perfect critic, zero one that is no better than a constant, and less than zero one that is
+    worse. If the returns do not vary, it is zero.
 
     >>> explained_variance(jnp.array([1., 2.]), jnp.array([1., 3.]))
     Array(0.75, dtype=float32)
@@ -230,9 +240,9 @@ def explained_variance(v_tm1: Array, return_tm1: Array) -> Array:
       A scalar, at most one.
 
     Raises:
-      AssertionError: where shapes differ or an array is not of floats.
+      AssertionError: if shapes differ or an array is not of floats.
     """
-    _assert_same_floats(v_tm1=v_tm1, return_tm1=return_tm1)
+    v_tm1, return_tm1 = _as_floats(v_tm1=v_tm1, return_tm1=return_tm1)
     variance = jnp.var(return_tm1)  # of equal numbers it may be a tiny positive one
     varies = (jnp.max(return_tm1) > jnp.min(return_tm1)) & (variance > 0.0)
     return jnp.where(
@@ -274,7 +284,7 @@ def a3c_loss(
       (the mean entropy, in nats: minus `entropy_loss`), `mean_advantage` and `explained_variance`.
 
     Raises:
-      AssertionError: where shapes differ or an array is not of floats.
+      AssertionError: if shapes differ or an array is not of floats.
 
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3; generalised advantage
     estimation is that of Schulman et al. 2016, arXiv:1506.02438.
@@ -283,7 +293,7 @@ def a3c_loss(
     r_t = trajectory.reward_t
     discount_t = discount * (1.0 - trajectory.terminated_t.astype(r_t.dtype))
     lambda_t = lambda_ * (1.0 - trajectory.truncated_t.astype(r_t.dtype))
-    _assert_same_floats(r_t=r_t, v_tm1=v_tm1)
+    r_t, v_tm1 = _as_floats(r_t=r_t, v_tm1=v_tm1)
     return_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
     advantage_tm1 = return_tm1 - v_tm1
 

@@ -1,7 +1,7 @@
 """Actor-critic networks in Flax linen: a torso, an optional recurrent core, a policy head and a value head.
 
-A recurrent network has a carry: what it remembers of the episode so far. A feed-forward one has none, the
-empty tuple, so that the same code drives both.
+A recurrent network has a carry: what it remembers of the episode so far. The carry of a feed-forward network is
+the empty tuple, so that the same code drives both.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from a3c_jax import kernels, moments
+from a3c_jax import normalization
+from a3c_jax.cells import Carry, initial_carry
 from a3c_jax.distributions import Categorical, DiagonalGaussian
+from a3c_jax.torsos import MLP, Conv, Trunk
 
 Array = jax.Array
-Carry = Any
 Distribution = Categorical | DiagonalGaussian
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -27,153 +28,41 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 # The policy's head starts small, so that the first policy is close to uniform whatever the observation.
-# The first argument is a variance: standard deviations of 0.01, 1 and sqrt(2) over the root of fan-in.
+# The first argument is a variance: standard deviations of 0.01 and 1 over the root of fan-in.
 _POLICY_INIT = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal")
 _VALUE_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-_TORSO_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
-
-# The gate that keeps what a core remembers: the LSTM's forget gate, the GRU's update gate.
-_KEEPING_GATES = {"lstm": "hf", "gru": "iz"}
-
-_SCALE_OFFSET = 0.5413  # softplus of it is one: the first policy has the standard deviation one
+_SCALE_OFFSET = 0.5413  # its softplus is one, so that the first policy has standard deviation one
 _MIN_SCALE = 1e-3
-
-
-def _dense(size: int, kernel_init: Any) -> nn.Dense:
-    return nn.Dense(size, kernel_init=kernel_init, dot_general=kernels.dot_general)
-
-
-class MLP(nn.Module):
-    """A multilayer perceptron that flattens each observation first.
-
-    Attributes:
-      hidden_sizes: width of each layer.
-      activation: applied after each layer.
-      observation_ndim: how many trailing dimensions make up one observation.
-    """
-
-    hidden_sizes: tuple[int, ...]
-    activation: Callable[[Array], Array]
-    observation_ndim: int = 1
-
-    @nn.compact
-    def __call__(self, observation: Array) -> Array:
-        """Maps `[..., *observation]` of any dtype to `[..., hidden_sizes[-1]]` float32."""
-        batch = observation.shape[: observation.ndim - self.observation_ndim]
-        x = observation.reshape(*batch, -1).astype(jnp.float32)
-        for size in self.hidden_sizes:
-            x = self.activation(_dense(size, _TORSO_INIT)(x))
-        return x
-
-
-class Conv(nn.Module):
-    """The torso of Young & Tian 2019 (arXiv:1903.03176) for MinAtar: one 3x3 convolution, then dense layers.
-
-    Attributes:
-      hidden_sizes: width of each dense layer.
-      activation: applied after each layer.
-      channels: number of the convolution's channels.
-    """
-
-    hidden_sizes: tuple[int, ...]
-    activation: Callable[[Array], Array]
-    channels: int = 16
-
-    @nn.compact
-    def __call__(self, observation: Array) -> Array:
-        """Maps images `[..., height, width, channels]` of any dtype to `[..., hidden_sizes[-1]]` float32."""
-        batch, image = observation.shape[:-3], observation.shape[-3:]
-        x = observation.reshape(-1, *image).astype(jnp.float32)
-        conv = nn.Conv(self.channels, (3, 3), padding="VALID", kernel_init=_TORSO_INIT)
-        x = self.activation(conv(x)).reshape(*batch, -1)
-        for size in self.hidden_sizes:
-            x = self.activation(_dense(size, _TORSO_INIT)(x))
-        return x
-
-
-def initial_carry(core: str | None, core_size: int, num_envs: int) -> Carry:
-    """A core's carry at an episode's start: zeros, `[N, core_size]`, a pair of them for an LSTM."""
-    zeros = jnp.zeros((num_envs, core_size))
-    return {None: (), "lstm": (zeros, zeros), "gru": zeros}[core]
-
-
-class Trunk(nn.Module):
-    """A torso and, where `core` names one, a recurrent core on top.
-
-    Attributes:
-      torso: maps observations `[..., *observation]` to features `[..., F]`.
-      core: None, `lstm` or `gru`.
-      core_size: the core's width.
-    """
-
-    torso: nn.Module
-    core: str | None = None
-    core_size: int = 256
-
-    def setup(self) -> None:
-        if self.core is not None:
-            cell = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}[self.core]
-            self.cell = cell(self.core_size)
-
-    def __call__(self, observation: Array, carry: Carry) -> tuple[Array, Carry]:
-        """One step: features `[..., F]` and the carry after it."""
-        features = self.torso(observation)
-        if self.core is None:
-            return features, carry
-        carry, features = self.cell(carry, features)
-        return features, carry
-
-    def unroll(self, observation: Array, carry: Carry, starts: Array) -> tuple[Array, Carry]:
-        """T steps.
-
-        Args:
-          observation: `[T, N, *observation]`.
-          carry: at the first of them, `[N, ...]`.
-          starts: whether an episode starts with this observation, `[T, N]` bool: the carry is reset first.
-
-        Returns:
-          Features `[T, N, F]`, and the carry after each step `[T, N, ...]`.
-        """
-        features = self.torso(observation)
-        if self.core is None:
-            return features, carry
-        fresh = initial_carry(self.core, self.core_size, observation.shape[1])
-
-        def step(cell: nn.Module, carry: Carry, inputs: Any) -> tuple[Carry, Any]:
-            x, start = inputs
-            carry, features = cell(select(start, fresh, carry), x)
-            return carry, (features, carry)
-
-        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
-        _, (features, carries) = scan(self.cell, carry, (features, starts))
-        return features, carries
 
 
 class ActorCritic(nn.Module):
     """A policy and a state-value function.
+
+    The defaults are those of `A3CConfig`, so that `ActorCritic(num_actions)` is the network that the
+    default configuration trains on an environment whose observations are vectors.
 
     Attributes:
       num_actions: number of discrete actions, or of a continuous action's dimensions.
       hidden_sizes: width of each hidden layer.
       activation: name of the non-linearity, a key of `ACTIVATIONS`.
       shared_torso: whether actor and critic share everything but the heads.
-      observation_ndim: how many trailing dimensions make up one observation.
-      continuous: whether actions are continuous: the policy is then a diagonal Gaussian.
+      observation_ndim: how many trailing dimensions make up one observation; a tuple of such numbers,
+        one for each leaf, if observations are dicts or tuples (see `MLP`).
+      continuous: whether actions are continuous. The policy is then a diagonal Gaussian.
       torso: `mlp` or `conv`.
       core: None, `lstm` or `gru`.
-      core_size: the core's width.
-      forget_bias: at which the bias of the gate starts that keeps what a core remembers. At 0 it forgets half of it
-        at every step.
+      core_size: width of the core.
+      forget_bias: the initial bias of the core's forget gate. With a larger value, a new core remembers longer.
       state_dependent_scale: whether a Gaussian's standard deviation is the softplus of a layer, as in the
         paper, or the exponential of a free parameter.
     """
 
     num_actions: int
     hidden_sizes: tuple[int, ...] = (128,)
-    activation: str = "relu"
+    activation: str = "tanh"
     shared_torso: bool = False
-    observation_ndim: int = 1
+    observation_ndim: int | tuple[int, ...] = 1
     continuous: bool = False
     torso: str = "mlp"
     core: str | None = None
@@ -181,19 +70,17 @@ class ActorCritic(nn.Module):
     forget_bias: float = 1.0
     state_dependent_scale: bool = True
 
-    @nn.nowrap
-    def init(self, *arguments: Any, **options: Any) -> Any:
-        """As `flax.linen.Module.init`, whose cells start all biases at one value, and then `forget_bias`."""
-        variables = super().init(*arguments, **options)
-        if self.core is None:
-            return variables
-        keeping = ("cell", _KEEPING_GATES[self.core], "bias")
+    def __post_init__(self) -> None:
+        # A list would make the module unhashable, and a function of it impossible to compile.
+        object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
+        if not isinstance(self.observation_ndim, int):
+            object.__setattr__(self, "observation_ndim", tuple(self.observation_ndim))
+        super().__post_init__()
 
-        def start(path: Any, x: Array) -> Array:
-            names = tuple(part.key for part in path)
-            return jnp.full_like(x, self.forget_bias) if names[-3:] == keeping else x
-
-        return jax.tree_util.tree_map_with_path(start, variables)
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the network remembers anything: whether it has a core."""
+        return self.core is not None
 
     def setup(self) -> None:
         activation = ACTIVATIONS[self.activation]
@@ -204,14 +91,14 @@ class ActorCritic(nn.Module):
                 if self.torso == "conv"
                 else MLP(self.hidden_sizes, activation, self.observation_ndim)
             )
-            return Trunk(torso, self.core, self.core_size)
+            return Trunk(torso, self.core, self.core_size, self.forget_bias)
 
         self.actor_trunk = trunk()
         self.critic_trunk = self.actor_trunk if self.shared_torso else trunk()
-        self.policy_head = _dense(self.num_actions, _POLICY_INIT)
-        self.value_head = _dense(1, _VALUE_INIT)
+        self.policy_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
+        self.value_head = nn.Dense(1, kernel_init=_VALUE_INIT)
         if self.continuous and self.state_dependent_scale:
-            self.scale_head = _dense(self.num_actions, _POLICY_INIT)
+            self.scale_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
         elif self.continuous:
             self.log_scale = self.param("log_scale", nn.initializers.zeros, (self.num_actions,))
 
@@ -220,24 +107,30 @@ class ActorCritic(nn.Module):
         carry = initial_carry(self.core, self.core_size, num_envs)
         return carry if self.core is None or self.shared_torso else (carry, carry)
 
-    def __call__(self, observation: Array, carry: Carry = None) -> tuple[Distribution, Array]:
+    def __call__(self, observation: Any, carry: Carry = None) -> tuple[Distribution, Array]:
         """Maps observations `[..., *observation]` to a distribution and values, both of batch `[...]`.
 
-        A recurrent network takes observations `[N, *observation]`; without a carry, each starts an episode.
+        A recurrent network takes observations `[N, *observation]`. Without a carry, each starts an episode.
         """
-        carry = self._carry(observation, carry)
-        return self.act(observation, carry)[0], self.value(observation, carry)
+        if carry is None:
+            carry = self._first_carry(observation)
+        actor_carry, critic_carry = self._split(carry)
+        features, _ = self.actor_trunk(observation, actor_carry)
+        policy = self._policy(features)
+        if not self.shared_torso:
+            features, _ = self.critic_trunk(observation, critic_carry)
+        return policy, self._value(features)
 
-    def actor(self, observation: Array) -> Distribution:
-        """The policy alone, at an episode's start where the network is recurrent."""
-        return self.act(observation, self._carry(observation, None))[0]
+    def actor(self, observation: Any) -> Distribution:
+        """The policy alone; that of an episode's start if the network is recurrent."""
+        return self.act(observation, self._first_carry(observation))[0]
 
-    def critic(self, observation: Array) -> Array:
+    def critic(self, observation: Any) -> Array:
         """The value alone, `[...]`: no trailing dimension of one that could broadcast by accident."""
-        return self.value(observation, self._carry(observation, None))
+        return self.value(observation, self._first_carry(observation))
 
-    def act(self, observation: Array, carry: Carry) -> tuple[Distribution, Carry]:
-        """One step of the policy, and the carry after it. What only the critic needs is computed where it remembers."""
+    def act(self, observation: Any, carry: Carry) -> tuple[Distribution, Carry]:
+        """One step of the policy, and the carry after it. The critic is computed only if it has a memory of its own."""
         actor_carry, critic_carry = self._split(carry)
         features, actor_carry = self.actor_trunk(observation, actor_carry)
         if self.core is None:
@@ -247,13 +140,13 @@ class ActorCritic(nn.Module):
         _, critic_carry = self.critic_trunk(observation, critic_carry)
         return self._policy(features), (actor_carry, critic_carry)
 
-    def value(self, observation: Array, carry: Carry) -> Array:
+    def value(self, observation: Any, carry: Carry) -> Array:
         """The value of an observation that follows the carry, `[...]`."""
         features, _ = self.critic_trunk(observation, self._split(carry)[1])
         return self._value(features)
 
     def unroll(
-        self, observation: Array, carry: Carry, starts: Array
+        self, observation: Any, carry: Carry, starts: Array
     ) -> tuple[Distribution, Array, Carry]:
         """T steps: see `Trunk.unroll`. Returns distribution and values `[T, N]`, and the carry after each step."""
         actor_carry, critic_carry = self._split(carry)
@@ -265,8 +158,10 @@ class ActorCritic(nn.Module):
         carries = () if self.core is None else (actor_carries, critic_carries)
         return policy, self._value(features), carries
 
-    def _carry(self, observation: Array, carry: Carry) -> Carry:
-        return self.initialize_carry(observation.shape[0]) if carry is None else carry
+    def _first_carry(self, observation: Any) -> Carry:
+        if self.core is None:
+            return ()
+        return self.initialize_carry(jax.tree.leaves(observation)[0].shape[0])
 
     def _split(self, carry: Carry) -> tuple[Carry, Carry]:
         """The actor's carry and the critic's."""
@@ -286,7 +181,7 @@ class ActorCritic(nn.Module):
         return jnp.squeeze(self.value_head(features), axis=-1)
 
 
-class Model(NamedTuple):
+class NetworkFunctions(NamedTuple):
     """A network as pure functions of its parameters: all that the rest of the package knows of it.
 
     Attributes:
@@ -297,32 +192,33 @@ class Model(NamedTuple):
     """
 
     initialize_carry: Callable[[int], Carry]
-    act: Callable[[Any, Array, Carry], tuple[Any, Carry]]
-    value: Callable[[Any, Array, Carry], Array]
-    unroll: Callable[[Any, Array, Carry, Array], tuple[Any, Array, Carry]]
+    act: Callable[[Any, Any, Carry], tuple[Any, Carry]]
+    value: Callable[[Any, Any, Carry], Array]
+    unroll: Callable[[Any, Any, Carry, Array], tuple[Any, Array, Carry]]
 
 
-def model(network: nn.Module) -> Model:
-    """The pure functions of a network. Where the parameters hold the observations' moments, it sees them normalised.
+def network_functions(network: nn.Module) -> NetworkFunctions:
+    """The pure functions of a network. If the parameters hold running moments, observations are normalised first.
 
     Args:
-      network: a module like `ActorCritic`; or any feed-forward one that maps observations, with the methods
-        `__call__` (a distribution and values), `actor` and `critic`.
+      network: a module like `ActorCritic`. A feed-forward one needs the methods `__call__`, which maps
+        observations to a distribution and values, `actor` and `critic`. A recurrent one says so by an
+        attribute or property `is_recurrent` that is True, and needs the methods `initialize_carry`, `act`,
+        `value` and `unroll`.
     """
-    recurrent = hasattr(network, "initialize_carry")
 
-    def apply(params: Any, observation: Array, *inputs: Any, method: str) -> Any:
-        observation = moments.normalize_observation(params, observation)
+    def apply(params: Any, observation: Any, *inputs: Any, method: str) -> Any:
+        observation = normalization.normalize_observation(params, observation)
         return network.apply(params, observation, *inputs, method=method)
 
-    if recurrent:
-        return Model(
+    if getattr(network, "is_recurrent", False):
+        return NetworkFunctions(
             network.initialize_carry,
             lambda params, *inputs: apply(params, *inputs, method="act"),
             lambda params, *inputs: apply(params, *inputs, method="value"),
             lambda params, *inputs: apply(params, *inputs, method="unroll"),
         )
-    return Model(
+    return NetworkFunctions(
         lambda num_envs: (),
         lambda params, observation, _: (apply(params, observation, method="actor"), ()),
         lambda params, observation, _: apply(params, observation, method="critic"),
@@ -331,23 +227,21 @@ def model(network: nn.Module) -> Model:
 
 
 def trajectory_apply(network: nn.Module) -> Callable[[Any, Any], tuple[Any, Array, Array]]:
-    """An `apply_fn` for `a3c_jax.losses.a3c_loss` from a network (see `model`).
+    """An `apply_fn` for `a3c_jax.losses.a3c_loss` from a network (see `network_functions`).
 
     Returns:
       A function from parameters and a trajectory to the distribution at `observation_tm1`, its values
       `v_tm1`, and `v_t`, the values of the observations that followed.
 
-    A recurrent network is unrolled from the carry at the segment's start, which is reset where an episode
-    ended, and the gradient flows through the whole segment.
+    A recurrent network is unrolled from the carry at the segment's start. The carry is reset where an
+    episode ended, and the gradient flows through the whole segment.
 
-    `v_t` costs one small forward pass. Inside an episode the observation that followed is the next one
-    acted upon, so that `v_t` is `v_tm1` one step on. Only after the segment's last step and at a time
-    limit is it not: there the network goes on from its carry before the reset. The pass over all final
-    observations runs only where a time limit was met. (After a termination `v_t` is never read: its
-    discount is zero.)
+    `v_t` costs one small forward pass, because inside an episode the observation that followed is the next
+    one acted upon: there `v_t` is `v_tm1` one step on. The exceptions are the segment's last step and time
+    limits, where the network continues from its carry before the reset. The pass over all final observations
+    runs only if there was a time limit. After a termination `v_t` is never read, because its discount is zero.
     """
-
-    functions = model(network)
+    functions = network_functions(network)
 
     def apply_fn(params: Any, trajectory: Any) -> tuple[Any, Array, Array]:
         ended_t = trajectory.terminated_t | trajectory.truncated_t
@@ -355,9 +249,8 @@ def trajectory_apply(network: nn.Module) -> Callable[[Any, Any], tuple[Any, Arra
         distribution_tm1, v_tm1, carries = functions.unroll(
             params, trajectory.observation_tm1, trajectory.carry, starts
         )
-        v_last = functions.value(
-            params, trajectory.observation_t[-1:], jax.tree.map(lambda x: x[-1:], carries)
-        )
+        last = jax.tree.map(lambda x: x[-1:], (trajectory.observation_t, carries))
+        v_last = functions.value(params, *last)
         v_next = jnp.concatenate([v_tm1[1:], v_last])
         v_t = jax.lax.cond(
             jnp.any(trajectory.truncated_t),
@@ -371,10 +264,3 @@ def trajectory_apply(network: nn.Module) -> Callable[[Any, Any], tuple[Any, Arra
         return distribution_tm1, v_tm1, v_t
 
     return apply_fn
-
-
-def select(flags: Array, new: Any, old: Any) -> Any:
-    """The tree `new` where the flags `[N]` are set, and `old` elsewhere; leaves are `[N, ...]`."""
-    return jax.tree.map(
-        lambda x, y: jnp.where(flags.reshape(flags.shape + (1,) * (y.ndim - 1)), x, y), new, old
-    )

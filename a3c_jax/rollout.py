@@ -1,4 +1,4 @@
-"""Playing: n steps of N environments in one scan, with nothing lost between segments."""
+"""The n-step rollout: T steps of N environments in one scan, which the next segment continues."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from a3c_jax.cells import where_tree
 from a3c_jax.environments import Environment
-from a3c_jax.networks import select
 
 Array = jax.Array
 
@@ -18,22 +18,22 @@ class Trajectory(NamedTuple):
     Episodes may end and others begin inside it.
 
     Attributes:
-      observation_tm1: what was acted upon, `[T, N, ...]`.
-      action_tm1: what was done, `[T, N]` int32, or `[T, N, D]` float32 where actions are continuous.
+      observation_tm1: what was acted upon, `[T, N, ...]`, or a dict or tuple of such arrays.
+      action_tm1: what was done, `[T, N]` int32, or `[T, N, D]` float32 if actions are continuous.
       reward_t: what it earned, `[T, N]` float32.
       terminated_t: whether it ended the episode, `[T, N]` bool.
       truncated_t: whether a time limit then cut the episode, `[T, N]` bool.
-      observation_t: what followed, before any reset, `[T, N, ...]`.
-      carry: what a recurrent network remembered at the segment's start, a tree of `[N, ...]`; `()` where it
-        is not recurrent.
+      observation_t: what followed, before any reset, like `observation_tm1`.
+      carry: what a recurrent network remembered at the segment's start, a tree of `[N, ...]`; `()` for a
+        feed-forward network.
     """
 
-    observation_tm1: Array
+    observation_tm1: Any
     action_tm1: Array
     reward_t: Array
     terminated_t: Array
     truncated_t: Array
-    observation_t: Array
+    observation_t: Any
     carry: Any = ()
 
 
@@ -43,8 +43,8 @@ class Episodes(NamedTuple):
     Attributes:
       ended: whether an episode ended at this step, `[T, N]` bool.
       episode_return: the undiscounted sum of rewards from its first step on, `[T, N]` float32, in the
-        environment's own rewards. Meaningful where `ended`.
-      length: its number of steps, `[T, N]` int32. Meaningful where `ended`.
+        environment's own rewards. It has a meaning only where `ended` is set.
+      length: its number of steps, `[T, N]` int32. It has a meaning only where `ended` is set.
     """
 
     ended: Array
@@ -53,22 +53,22 @@ class Episodes(NamedTuple):
 
 
 class RolloutState(NamedTuple):
-    """What carries on from one segment to the next.
+    """What the next segment needs to continue from this one.
 
     Attributes:
       key: the source of all randomness to come.
       environment: the environments' states, a tree of `[N, ...]`.
-      observation: what to act upon next, `[N, ...]`.
+      observation: what to act upon next, `[N, ...]`, or a dict or tuple of such arrays.
       episode_return: the running episodes' returns so far, `[N]` float32.
       episode_length: their numbers of steps so far, `[N]` int32.
       carry: what a recurrent network remembers, a tree of `[N, ...]`.
-      discounted_return: the discounted sum of the running episodes' rewards, `[N]` float32, where rewards
-        are normalised by it; `()` elsewhere.
+      discounted_return: the discounted sum of the running episodes' rewards, `[N]` float32, if rewards are
+        normalised by its deviation; `()` otherwise.
     """
 
     key: Array
     environment: Any
-    observation: Array
+    observation: Any
     episode_return: Array
     episode_length: Array
     carry: Any = ()
@@ -76,9 +76,13 @@ class RolloutState(NamedTuple):
 
 
 def start(environment: Environment, key: Array, num_envs: int, carry: Any = ()) -> RolloutState:
-    """Resets `num_envs` environments and makes the state of the first segment.
+    """Resets environments and makes the state at the first segment's start.
 
-    `carry` is what a recurrent network remembers at an episode's start, a tree of `[N, ...]`.
+    Args:
+      environment: what to play.
+      key: the source of all randomness to come.
+      num_envs: N, the number of environments.
+      carry: what a recurrent network remembers at an episode's start, a tree of `[N, ...]`.
     """
     key, reset_key = jax.random.split(key)
     observation, state = environment.reset(reset_key, num_envs)
@@ -89,7 +93,7 @@ def start(environment: Environment, key: Array, num_envs: int, carry: Any = ()) 
 
 def unroll(
     environment: Environment,
-    policy: Callable[[Array, Array, Any], tuple[Array, Any]],
+    policy: Callable[[Array, Any, Any], tuple[Array, Any]],
     state: RolloutState,
     num_steps: int,
     fresh_carry: Any = (),
@@ -99,12 +103,12 @@ def unroll(
     Args:
       environment: what to play.
       policy: `policy(key, observation, carry) -> (action, carry)`, on `[N, ...]`.
-      state: where to go on from.
+      state: the state at the segment's start.
       num_steps: T, a Python integer.
-      fresh_carry: the carry at an episode's start: what it is reset to where one ended.
+      fresh_carry: the carry at an episode's start. Where an episode ends, the carry is reset to it.
 
     Returns:
-      The state to go on from, the trajectory, and the episodes that ended on the way.
+      The state at the segment's end, the trajectory, and the episodes that ended on the way.
     """
     key, segment_key = jax.random.split(state.key)
     first_carry = state.carry
@@ -129,7 +133,7 @@ def unroll(
             observation=transition.observation,
             episode_return=jnp.where(ended, 0.0, episode_return),
             episode_length=jnp.where(ended, 0, episode_length),
-            carry=select(ended, fresh_carry, carry),
+            carry=where_tree(ended, fresh_carry, carry),
         )
         return next_state, (trajectory, Episodes(ended, episode_return, episode_length))
 

@@ -1,0 +1,62 @@
+"""What the package asks of an environment.
+
+A worker plays several copies of an environment side by side, so that every array has a leading dimension N, the
+number of copies.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+
+
+class Transition(NamedTuple):
+    """What follows an action in each of N environments. An environment whose episode ended has been reset.
+
+    Attributes:
+      observation: what to act upon next, `[N, ...]`, or a dict or tuple of such arrays: after an episode's
+        end, the first observation of the next one.
+      state: the environment's state to go on from, a tree of `[N, ...]`.
+      reward: `[N]` float32.
+      terminated: whether the episode ended by itself, so that the future is worth nothing, `[N]` bool.
+      truncated: whether a time limit cut the episode, so that the future is worth `V(final_observation)`,
+        `[N]` bool.
+      final_observation: the observation that followed the action, before any reset, like `observation`.
+    """
+
+    observation: Any
+    state: Any
+    reward: Array
+    terminated: Array
+    truncated: Array
+    final_observation: Any
+
+
+class Environment(Protocol):
+    """N copies of an environment. The methods are pure functions and may be traced.
+
+    Attributes:
+      name: for people.
+      num_actions: number of discrete actions, or of a continuous action's dimensions.
+      continuous: whether actions are continuous.
+      observation_shape: the shape of one observation; a dict or tuple of shapes if observations are dicts or
+        tuples.
+    """
+
+    name: str
+    num_actions: int
+    continuous: bool
+    observation_shape: Any
+
+    def reset(self, key: Array, num_envs: int) -> tuple[Any, Any]:
+        """Starts `num_envs` episodes. Returns their first observations `[N, ...]` and their states."""
+        ...
+
+    def step(self, key: Array, state: Any, action: Array) -> Transition:
+        """Applies one action to each environment: `[N]` int32, or `[N, D]` float32, any real numbers."""
+        ...
+
+    def random_action(self, key: Array, num_envs: int) -> Array:
+        """Draws actions uniformly."""
+        ...
