@@ -12,9 +12,9 @@ import numpy as np
 def animate(path: Path, result: Any, max_steps: int = 200) -> None:
     """Writes an episode that the trained policy plays greedily, or its first `max_steps` steps.
 
-    Where gymnax cannot draw the environment, or pygame is missing that it draws with, the reason is printed.
+    If gymnax cannot draw the environment, or if pygame is missing, which it draws with, the reason is printed.
     """
-    states, rewards = play(result, max_steps)
+    states, rewards = greedy_episode(result, max_steps)
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame looks for a sound card otherwise
     from gymnax.visualize import Visualizer
 
@@ -29,9 +29,9 @@ def animate(path: Path, result: Any, max_steps: int = 200) -> None:
         print(f"no GIF: {type(error).__name__}: {error}")
 
 
-def play(result: Any, max_steps: int) -> tuple[list[Any], np.ndarray]:
+def greedy_episode(result: Any, max_steps: int) -> tuple[list[Any], np.ndarray]:
     """The first episode's states, one before each step, and rewards, for at most `max_steps` steps."""
-    from a3c_jax.evaluation import greedy_policy
+    from a3c_jax import greedy_policy
 
     policy, environment = greedy_policy(result.network), result.environment
     reset_key, key = jax.random.split(result.evaluation_key)

@@ -1,105 +1,108 @@
-"""Do a run again, update by update, and compare: `python -m experiments.replay runs/...`.
+"""Repeat a run update by update and compare the results: `python -m experiments.replay runs/...`.
 
-One thread makes every update of the run's schedule, whatever the number of workers was, and the result
-must be the run's, bit for bit. For a run that failed, it goes on to the very update that did.
+One thread makes every update again in the order in which the run made them, whatever the number of workers was.
+The result must be that of the run, bit for bit. If the run failed, the replay goes on to the update that failed.
 """
 
 import dataclasses
 import json
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
 
+import a3c_jax
+from experiments.command_line import exit_on_bad_input, parse
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What to replay."""
+    """What to repeat."""
 
     run: tyro.conf.Positional[Path]
     """The run folder, or one of its checkpoints."""
     until: int | None = None
-    """How many updates to make; None makes all, and compares."""
+    """Make this many updates, and print the metrics of the last one. None makes all, and compares."""
 
 
-def main() -> None:
-    """Replays a run folder; the exit code is 0 where it is identical, and 1 where it is not."""
-    arguments = tyro.cli(Arguments, description=__doc__)
-    from a3c_jax import training  # noqa: F401 (first, since it sets how JAX runs)
-    from a3c_jax.checkpoints import CheckpointError, find, library_versions
+def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
+    """Replays a run. The process ends with exit code 1 if the result differs.
 
-    if arguments.until is not None and arguments.until < 1:
-        print(f"error: until must be >= 1, got {arguments.until}; use 1 or more.", file=sys.stderr)
-        raise SystemExit(2)
-    try:
-        checkpoint = find(arguments.run)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    Args:
+      arguments: the command line; by default that of the process.
+      **objects: the environment or the network, if the run was given an object instead of a name.
+    """
+    with exit_on_bad_input():
+        parsed = parse("replay", Arguments, __doc__, arguments)
+        if parsed.until is not None and parsed.until < 1:
+            raise ValueError(f"until must be >= 1, got {parsed.until}; use 1 or more.")
+        checkpoint = a3c_jax.find_checkpoint(parsed.run)
+    _compare_versions(checkpoint)
+    if parsed.until is not None:
+        _show_update(checkpoint, parsed.until, objects)
+        return
+    failure = parsed.run / "failure.json"
+    if failure.exists():
+        failed = json.loads(failure.read_text(encoding="utf-8"))
+        if _fails_again(checkpoint, failed, objects):
+            return
+        print("the update that failed in the run does not fail when it is repeated; up to it:")
+    _compare(checkpoint, _replay(checkpoint, checkpoint.schedule, objects))
+
+
+def _compare_versions(checkpoint: Any) -> None:
+    from a3c_jax.asynchrony.checkpoint_files import library_versions
+
     if checkpoint.versions != library_versions():
         print(
             f"note: the run was made by {checkpoint.versions}, this is {library_versions()}: "
             "the last bits may differ"
         )
-    if arguments.until is not None:
-        _show_update(checkpoint, arguments.until)
-        return
-    failure = arguments.run / "failure.json"
-    if failure.exists():
-        failed = json.loads(failure.read_text(encoding="utf-8"))
-        if _fails_again(checkpoint, failed):
-            return
-        print("the update that failed does not fail when it is played again; up to it:")
-    _compare(checkpoint, _replay(checkpoint, checkpoint.schedule))
 
 
-def _replay(checkpoint: Any, schedule: Any, **options: Any) -> Any:
+def _replay(checkpoint: Any, schedule: Any, objects: Any, **options: Any) -> Any:
+    """Repeats the updates of a schedule, with a progress bar."""
     from tqdm import tqdm
 
-    from a3c_jax import training
-    from experiments import tasks  # noqa: F401  (registers them)
+    from experiments import tasks  # noqa: F401 (registers its environments)
 
     on_update = options.pop("on_update", None)
-    total = len(schedule.worker[: options.get("until")])
-    with tqdm(total=total, unit=" updates") as bar:
+    with tqdm(total=len(schedule.worker[: options.get("until")]), unit=" updates") as bar:
 
         def update(k: int, *seen: Any) -> None:
             bar.update()
             if on_update is not None:
                 on_update(k, *seen)
 
-        return training.replay(checkpoint.config, schedule, on_update=update, **options)
+        return a3c_jax.replay(checkpoint.config, schedule, on_update=update, **options, **objects)
 
 
-def _show_update(checkpoint: Any, until: int) -> None:
+def _show_update(checkpoint: Any, until: int, objects: Any) -> None:
     last: dict[str, float] = {}
-    result = _replay(
-        checkpoint,
-        checkpoint.schedule,
-        until=until,
-        on_update=lambda k, snapshot, gradients, metrics: last.update(metrics),
-    )
+
+    def note(k: int, snapshot: Any, gradients: Any, metrics: dict[str, float]) -> None:
+        last.update(metrics)
+
+    result = _replay(checkpoint, checkpoint.schedule, objects, until=until, on_update=note)
     print(f"update {result.version - 1:,}, by worker {result.schedule.worker[-1]}:")
     for name, value in last.items():
         print(f"  {name:20} {value:.6g}")
 
 
-def _fails_again(checkpoint: Any, failed: dict[str, Any]) -> bool:
-    """Plays the update that failed too; whether it fails again."""
-    from a3c_jax.threads import WorkerError
-
+def _fails_again(checkpoint: Any, failed: dict[str, Any], objects: Any) -> bool:
+    """Repeats the update that failed, too; True if it fails again."""
     schedule = checkpoint.schedule._replace(
         worker=np.append(checkpoint.schedule.worker, np.int32(failed["worker"])),
         pulled_version=np.append(checkpoint.schedule.pulled_version, failed["pulled_version"]),
     )
     try:
-        _replay(checkpoint, schedule)
-    except WorkerError as error:
+        _replay(checkpoint, schedule, objects)
+    except a3c_jax.WorkerError as error:
         _compare(checkpoint, error.result)
-        # Others may have made a few more updates in the run, before they saw that it had failed.
+        # Other workers may have made a few more updates in the run before they saw that it had failed.
         ran, replayed = (re.sub(r"of version \d+ ", "", x) for x in (failed["error"], str(error)))
         as_it_did = "as it did in the run" if ran == replayed else "in another way"
         print(f"update {error.result.version:,} fails {as_it_did}: {error}")
@@ -108,7 +111,7 @@ def _fails_again(checkpoint: Any, failed: dict[str, Any]) -> bool:
 
 
 def _compare(checkpoint: Any, result: Any) -> None:
-    """Says identical, or shows the first difference and exits with 1."""
+    """Prints that the replay is identical, or the first difference, and then exits with 1."""
     difference = first_difference(checkpoint, result)
     if difference is not None:
         print(f"different: {difference}")
@@ -120,36 +123,56 @@ def _compare(checkpoint: Any, result: Any) -> None:
 
 
 def first_difference(checkpoint: Any, result: Any) -> str | None:
-    """The first thing in which a replay differs from the run, in words; None where nothing does."""
-    import jax
+    """The first thing in which a replay differs from the run, in words; None if nothing differs."""
+    from a3c_jax.asynchrony.trees import name_leaves
 
-    from a3c_jax.worker import PackedWorkerStep
-
-    for name in ("worker", "episode_return", "length", "environment_steps"):
-        ran, replayed = getattr(checkpoint.episodes, name), getattr(result.episodes, name)
-        count = min(len(ran), len(replayed))
-        if ran[:count].tobytes() != replayed[:count].tobytes():
-            i = int(np.argmax(ran[:count] != replayed[:count]))
-            update = checkpoint.episodes.environment_steps[i] // checkpoint.config.steps_per_update
-            return (
-                f"episode {i:,}, reported by update {update - 1:,}, has {name} {ran[i]} in the run and "
-                f"{replayed[i]} in the replay"
-            )
-        if len(ran) != len(replayed):
-            return f"{len(ran):,} episodes in the run, {len(replayed):,} in the replay"
-    opt_state = np.concatenate(
-        [np.ravel(np.asarray(x)).view(np.uint32) for x in jax.tree.leaves(result.opt_state)]
-    )
+    difference = _first_different_episode(checkpoint, result.episodes)
+    # Besides the optimizer's state, a store holds whether its last update was finite.
     for name, ran, replayed in (
-        ("parameters", checkpoint.params, PackedWorkerStep.flatten(result.params)),
-        ("best parameters", checkpoint.best_params, PackedWorkerStep.flatten(result.best_params)),
-        ("optimizer's state", checkpoint.opt_state[: len(opt_state)], opt_state),
+        ("parameters", checkpoint.params, result.params),
+        ("best parameters", checkpoint.best_params, result.best_params),
+        ("optimizer's state", checkpoint.optimizer_state, {"state": result.opt_state}),
     ):
-        replayed = np.asarray(replayed)
-        if ran.tobytes() != replayed.tobytes():
-            i = int(np.argmax(ran != replayed))
-            return f"the {name}, at word {i:,}: {ran[i]} in the run and {replayed[i]} in the replay"
+        difference = difference or _first_different_number(name, ran, name_leaves(replayed))
+    return difference
+
+
+def _first_different_episode(checkpoint: Any, replayed: Any) -> str | None:
+    ran, steps_per_update = checkpoint.episodes, checkpoint.config.steps_per_update
+    count = min(len(ran.worker), len(replayed.worker))
+    for name in ("worker", "episode_return", "length", "environment_steps"):
+        ours, theirs = getattr(ran, name)[:count], getattr(replayed, name)[:count]
+        if ours.tobytes() != theirs.tobytes():
+            i = int(np.argmax(ours != theirs))
+            update = ran.environment_steps[i] // steps_per_update - 1
+            return (
+                f"episode {i:,}, reported by update {update:,}, has {name} {ours[i]} in the run and "
+                f"{theirs[i]} in the replay"
+            )
+    if len(ran.worker) != len(replayed.worker):
+        return f"{len(ran.worker):,} episodes in the run, {len(replayed.worker):,} in the replay"
     return None
+
+
+def _first_different_number(what: str, ran: Any, replayed: dict[str, np.ndarray]) -> str | None:
+    if not isinstance(ran, dict):  # a checkpoint of format 1 has one vector of 32-bit words
+        vector = np.concatenate([_bits(x).astype(np.uint32) for x in replayed.values()])
+        ran, replayed = {"": ran.view(np.uint32)[: len(vector)]}, {"": vector}
+    for name, theirs in replayed.items():
+        ours, where = ran[name], " ".join(filter(None, [what, name]))
+        different = _bits(ours) != _bits(theirs)
+        if different.any():
+            i = int(np.argmax(different))
+            return (
+                f"the {where}, at element {i:,}: {ours.ravel()[i]} in the run and "
+                f"{theirs.ravel()[i]} in the replay"
+            )
+    return None
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The numbers of an array as unsigned integers, so that NaN can be compared and -0 differs from 0."""
+    return np.ascontiguousarray(array).ravel().view(f"u{array.itemsize}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Environments that gymnax does not have; importing this module registers them."""
+"""Environments that gymnax does not have. Importing this module registers them with gymnax."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from gymnax.environments.classic_control.cartpole import CartPole
 
 
 class CartPolePositions(CartPole):
-    """CartPole-v1 with its velocities hidden: no policy without memory can balance the pole for long."""
+    """CartPole-v1 with its velocities hidden: only a policy with memory can balance the pole for long."""
 
     @property
     def name(self) -> str:

@@ -1,0 +1,168 @@
+"""The command line that all examples share: from the options to a run folder with everything in it."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import a3c_jax
+import experiments
+from a3c_jax.config import A3CConfig
+from experiments.run_folder import check_is_new, continue_in, make_run_dir, train_in_folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to do besides training."""
+
+    preset: str = ""
+    """The configuration to start from. Its values are the defaults of all other options."""
+    run_dir: Path | None = None
+    """Folder for the results, which must not exist yet. By default a new one under runs/."""
+    evaluation_episodes: int = 100
+    """Number of fresh episodes for each evaluation of the trained policy: greedy, sampled, and random."""
+    progress: bool = True
+    """Show a progress bar."""
+    resume: Path | None = None
+    """Go on with an earlier run instead of starting a new one. Give a run folder, to go on from its latest checkpoint in the same folder, or a checkpoint file, to go on in a new folder. The configuration is that of the run; only its budgets can be changed."""
+    checkpoint_seconds: float | None = 30.0
+    """Save a checkpoint every so many seconds; None saves none by time."""
+    checkpoint_updates: int | None = None
+    """Save a checkpoint every so many updates; None saves none by their number."""
+    keep_checkpoints: int = 3
+    """How many of the latest checkpoints to keep. The one with the highest mean return is always kept."""
+    gif: bool = False
+    """Write play.gif, an episode of the trained policy, if gymnax can draw the environment. CartPole and the other classic ones need pygame: pip install -e '.[gif]'."""
+    compilation_cache: Path | None = None
+    """Folder that keeps compiled programs, so that the next run with the same configuration starts faster. None keeps none."""
+
+    def __post_init__(self) -> None:
+        for name, example in (
+            ("evaluation_episodes", 100), ("keep_checkpoints", 3),
+            ("checkpoint_seconds", 30), ("checkpoint_updates", 1000),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be > 0, got {value}; use {example}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The command line of an example."""
+
+    config: Annotated[A3CConfig, tyro.conf.arg(name="")]
+    options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
+
+
+def main(
+    name: str,
+    description: str,
+    presets: Mapping[str, A3CConfig],
+    *,
+    arguments: Sequence[str] | None = None,
+    sinks: Sequence[Any] = (),
+    **plot_options: Any,
+) -> Path:
+    """Runs one example from its command line.
+
+    Args:
+      name: the example's name, for its run folder.
+      description: what `--help` says first.
+      presets: configurations by name. The first one is used unless `--preset` names another, and every option
+        of the command line changes a value of it.
+      arguments: the command line; by default that of the process.
+      sinks: where rows of metrics go, besides `metrics.jsonl` and the progress bar.
+      **plot_options: options of `experiments.plotting.learning_curve`.
+
+    Returns:
+      The run folder.
+    """
+    with exit_on_bad_input():
+        config, options = _parse_example(name, description, presets, arguments)
+        # Everything below loads JAX. Until here nothing has, so that --help answers at once.
+        from a3c_jax.asynchrony.checkpoints import check_same_run
+        from experiments import report, tasks  # noqa: F401 (registers its environments)
+
+        checkpoint = None
+        if options.resume is None:
+            check_is_new(options.run_dir)
+        else:
+            checkpoint = a3c_jax.find_checkpoint(options.resume)
+            presets = {options.preset: checkpoint.config}
+            config, options = _parse_example(name, description, presets, arguments)
+            check_same_run(checkpoint.config, config)
+    import_seconds = time.perf_counter() - experiments.STARTED
+    if options.compilation_cache is not None:
+        _keep_compiled_programs(options.compilation_cache)
+    with exit_on_bad_input(ValueError):  # of any other error, the traceback is of use
+        program = a3c_jax.build(config)
+    with exit_on_bad_input():
+        run_dir, checkpoints = _folders(name, config, options, checkpoint)
+    result = train_in_folder(program, run_dir, checkpoints, checkpoint, options.progress, sinks)
+    steps_before = 0 if checkpoint is None else checkpoint.environment_steps
+    report.report(result, run_dir, options, import_seconds, steps_before, plot_options)
+    return run_dir
+
+
+@contextlib.contextmanager
+def exit_on_bad_input(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the process with exit code 2 and one line instead of a traceback, if the block refuses its input."""
+    refusals = kinds or (ValueError, TypeError, OSError)
+    try:
+        yield
+    except refusals as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse(
+    name: str, kind: Any, description: str | None, arguments: Sequence[str] | None, **options: Any
+) -> Any:
+    """The command line of `python -m experiments.<name>`, as an object of a dataclass."""
+    program = f"python -m experiments.{name}"
+    return tyro.cli(kind, description=description, args=arguments, prog=program, **options)
+
+
+def _parse_example(
+    name: str,
+    description: str,
+    presets: Mapping[str, A3CConfig],
+    arguments: Sequence[str] | None,
+) -> tuple[A3CConfig, Options]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=next(iter(presets)))
+    preset = parser.parse_known_args(arguments)[0].preset
+    if preset not in presets:
+        raise ValueError(f"preset must be one of {', '.join(presets)}, got {preset!r}.")
+    default = Arguments(config=presets[preset], options=Options(preset=preset))
+    description = f"{description} Presets: {', '.join(presets)}."
+    parsed = parse(name, Arguments, description, arguments, default=default)
+    return parsed.config, parsed.options
+
+
+def _folders(name: str, config: A3CConfig, options: Options, checkpoint: Any) -> tuple[Path, Any]:
+    """The run folder, new or that of the run to go on with, and the folder of checkpoints in it."""
+    if options.resume is not None and options.resume.is_dir():
+        run_dir = continue_in(options.resume, options.run_dir, checkpoint.environment_steps)
+    else:
+        run_dir = make_run_dir(f"{name}-seed{config.seed}", options.run_dir)
+    return run_dir, a3c_jax.CheckpointFolder(
+        run_dir / "checkpoints",
+        every_seconds=options.checkpoint_seconds,
+        every_updates=options.checkpoint_updates,
+        keep=options.keep_checkpoints,
+    )
+
+
+def _keep_compiled_programs(folder: Path) -> None:
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,300 @@
+"""Measure what staleness costs: `python -m experiments.measurements.staleness`.
+
+Every update of a run is computed from the parameters of d updates ago (`a3c_jax.fixed_delay`), for each delay d and
+each optimizer. No thread runs: many seeds and learning rates are simulated side by side (`a3c_jax.make_simulation`).
+
+The score of a run is the mean return of the episodes that ended in the last tenth of its updates. First, seeds that
+are not reported choose learning rates by their mean score: for each optimizer the best one at the smallest delay, and
+the best one at each delay. Then fresh seeds are scored with both. Shown are their interquartile mean and a 95 %
+interval from a bootstrap over the seeds. It prints the table, and leaves `staleness.json`, `staleness.png` and
+`staleness.pdf` in its run folder.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from a3c_jax.config import A3CConfig, Optimizer, available_cores
+from experiments.command_line import exit_on_bad_input, parse
+from experiments.run_folder import make_run_dir, write_json
+
+RATES: dict[str, tuple[float, ...]] = {
+    "adam": (3e-4, 1e-3, 3e-3, 1e-2),
+    "shared_rmsprop": (3e-4, 1e-3, 3e-3, 1e-2),
+    "rmsprop": (3e-4, 1e-3, 3e-3, 1e-2),
+    "momentum": (3e-3, 1e-2, 3e-2, 1e-1),  # its steps add up to ten times the rate
+}
+"""Learning rates to choose from."""
+
+TUNING_SEED = 1_000_000  # the first of the seeds that choose the rates; those reported begin at 0
+
+PANELS = {
+    "fixed": "learning rate chosen without delay",
+    "own": "learning rate chosen at each delay",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What to simulate."""
+
+    optimizers: tuple[Optimizer, ...] = ("adam", "shared_rmsprop", "momentum")
+    """Optimizers to compare."""
+    delays: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64)
+    """Numbers of updates between the parameters that gradients are computed from and those that they move."""
+    rates: tuple[float, ...] | None = None
+    """Learning rates to choose from, the same for all optimizers. By default each has its own four."""
+    seeds: int = 10
+    """Number of seeds reported for each point."""
+    tuning_seeds: int = 10
+    """Number of other seeds, which choose the learning rates."""
+    environment: str = "CartPole-v1"
+    """What is played."""
+    max_steps: int = 300_000
+    """Environment steps of each run."""
+    batch: int = 20
+    """Number of runs simulated in one compiled call."""
+    run_dir: Path | None = None
+    """Folder for the results, which must not exist yet. By default a new one under runs/."""
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("seeds", 2), ("tuning_seeds", 1), ("batch", 1)):
+            if (value := getattr(self, name)) < minimum:
+                raise ValueError(f"{name} must be >= {minimum}, got {value}; use more.")
+        for name in ("optimizers", "delays", "rates"):
+            values = getattr(self, name)
+            if values is not None and (not values or len(set(values)) < len(values)):
+                raise ValueError(
+                    f"{name} must be one or more, each once, got {values}; remove the repetitions."
+                )
+        if min(self.delays) < 0:
+            raise ValueError(f"delays must be >= 0, got {min(self.delays)}; use 0 for no delay.")
+        object.__setattr__(self, "delays", tuple(sorted(self.delays)))
+        for rate in self.rates or [1.0]:
+            self.config(self.optimizers[0], rate)  # refuses what cannot be
+
+    def rates_of(self, optimizer: str) -> tuple[float, ...]:
+        """The learning rates to choose from, rising."""
+        return tuple(sorted(self.rates or RATES[optimizer]))
+
+    def config(self, optimizer: Optimizer, learning_rate: float) -> A3CConfig:
+        """The configuration of the runs. One that diverges goes on with its last finite parameters."""
+        return A3CConfig(
+            environment=self.environment,
+            num_workers=1,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            max_steps=self.max_steps,
+            nonfinite="skip",
+        )
+
+
+class Run(NamedTuple):
+    """One run to simulate."""
+
+    delay: int
+    learning_rate: float
+    seed: int
+
+
+Point = dict[str, Any]
+"""Of the picture: optimizer, panel, delay, learning_rate, returns of the seeds, their mean, its interval's low and high."""
+
+Score = Callable[[Sequence[Run]], np.ndarray]
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Simulates, prints the table and draws the picture; returns the run folder."""
+    with exit_on_bad_input():
+        parsed = parse("measurements.staleness", Arguments, __doc__, arguments)
+        from a3c_jax import environments  # loads JAX, --help does not
+
+        environments.make(parsed.environment)
+        run_dir = make_run_dir("staleness", parsed.run_dir)
+    from tqdm import tqdm
+
+    points: list[Point] = []
+    tuning = {}
+    rng = np.random.default_rng(0)
+    for optimizer in parsed.optimizers:
+        with tqdm(desc=optimizer, unit=" runs") as bar:
+            score = make_score(parsed, optimizer, bar.update)
+            scores = tune(parsed, optimizer, score)
+            points += evaluate(parsed, optimizer, score, scores, rng)
+        tuning[optimizer] = {
+            "rates": parsed.rates_of(optimizer),
+            "returns": dict(zip(parsed.delays, scores.tolist(), strict=True)),
+        }
+    results = {
+        "arguments": {k: v for k, v in dataclasses.asdict(parsed).items() if k != "run_dir"},
+        "config": parsed.config(parsed.optimizers[0], 1.0).as_dict(),  # but for optimizer and rate
+        "tuning": tuning,
+        "points": points,
+    }
+    write_json(run_dir / "staleness.json", results)
+    print_table(parsed, points)
+    draw([run_dir / "staleness.png", run_dir / "staleness.pdf"], points)
+    print(f"\nrun folder: {run_dir}")
+    return run_dir
+
+
+def make_score(parsed: Arguments, optimizer: Optimizer, done: Callable[[int], Any]) -> Score:
+    """Makes the function that simulates runs, a batch of them in each compiled call, and scores them.
+
+    `done` is called with the number of runs after each batch.
+    """
+    import jax
+
+    from a3c_jax import Schedule, fixed_delay, make_simulation
+
+    config = parsed.config(optimizer, 1.0)
+    num_updates = config.max_updates or 0
+    simulate = jax.vmap(make_simulation(config, max(parsed.delays)))
+
+    def score_batch(seeds: Any, rates: Any, schedules: Schedule) -> jax.Array:
+        return simulate(seeds, rates, schedules).final_return()
+
+    def inputs(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, Schedule]:
+        padded = [*runs, *[runs[-1]] * (parsed.batch - len(runs))]
+        schedules = [fixed_delay(run.delay, num_updates) for run in padded]
+        return (
+            np.array([run.seed for run in padded], np.uint32),
+            np.array([run.learning_rate for run in padded], np.float32),
+            jax.tree.map(lambda *columns: np.stack(columns).astype(np.int32), *schedules),
+        )
+
+    compiled = jax.jit(score_batch).lower(*inputs([Run(0, 1.0, 0)])).compile()
+
+    def score_some(runs: Sequence[Run]) -> np.ndarray:
+        scores = np.asarray(compiled(*inputs(runs)))[: len(runs)]
+        done(len(runs))
+        return scores
+
+    def score(runs: Sequence[Run]) -> np.ndarray:
+        batches = [runs[i : i + parsed.batch] for i in range(0, len(runs), parsed.batch)]
+        with ThreadPoolExecutor(available_cores()) as pool:
+            scores = np.concatenate(list(pool.map(score_some, batches)))
+        if np.isnan(scores).any():
+            raise SystemExit(
+                "error: no episode ended in the last tenth of a run, which is what scores it; raise "
+                f"--max-steps, got {parsed.max_steps}."
+            )
+        return scores
+
+    return score
+
+
+def tune(parsed: Arguments, optimizer: str, score: Score) -> np.ndarray:
+    """The scores of the seeds that choose the learning rates, `[delays, rates, tuning_seeds]`."""
+    rates = parsed.rates_of(optimizer)
+    seeds = range(TUNING_SEED, TUNING_SEED + parsed.tuning_seeds)
+    runs = [Run(d, rate, seed) for d in parsed.delays for rate in rates for seed in seeds]
+    return score(runs).reshape(len(parsed.delays), len(rates), len(seeds))
+
+
+def evaluate(
+    parsed: Arguments, optimizer: str, score: Score, tuning: np.ndarray, rng: np.random.Generator
+) -> list[Point]:
+    """Scores fresh seeds with the learning rates that `tuning` chose."""
+    delays, rates = parsed.delays, parsed.rates_of(optimizer)
+    best = [rates[i] for i in tuning.mean(axis=2).argmax(axis=1)]  # the smaller one of equals
+    chosen = {"fixed": [best[0]] * len(delays), "own": best}
+    pairs = sorted({pair for own in chosen.values() for pair in zip(delays, own, strict=True)})
+    runs = [Run(d, rate, seed) for d, rate in pairs for seed in range(parsed.seeds)]
+    scores = dict(zip(pairs, score(runs).reshape(len(pairs), parsed.seeds), strict=True))
+    scored = {}
+    for pair, returns in scores.items():
+        low, high = bootstrap_interval(returns, rng)
+        mean = float(interquartile_mean(returns))
+        scored[pair] = {"returns": returns.tolist(), "mean": mean, "low": low, "high": high}
+    return [
+        {"optimizer": optimizer, "panel": panel, "delay": d, "learning_rate": rate}
+        | scored[d, rate]
+        for panel, own in chosen.items()
+        for d, rate in zip(delays, own, strict=True)
+    ]
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """The mean of the middle half along the last axis: without the lowest and the highest quarter, rounded down.
+
+    Source: Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice".
+    """
+    count = values.shape[-1]
+    return np.sort(values, axis=-1)[..., count // 4 : count - count // 4].mean(axis=-1)
+
+
+def bootstrap_interval(
+    values: np.ndarray, rng: np.random.Generator, resamples: int = 10_000
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the interquartile mean, from a bootstrap over the seeds, `[seeds]`."""
+    means = interquartile_mean(rng.choice(values, size=(resamples, len(values))))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def print_table(parsed: Arguments, points: Sequence[Point]) -> None:
+    """Prints a table for each panel: a row for each delay, a column for each optimizer."""
+    print(
+        f"\n{parsed.environment}, {parsed.max_steps:,} steps: mean return in the last tenth of the run, interquartile "
+        f"mean over\n{parsed.seeds} seeds [95 % interval] (learning rate, chosen by {parsed.tuning_seeds} other seeds)"
+    )
+    for panel, title in PANELS.items():
+        print(f"\n{title}\n{'delay':>5}" + "".join(f"  {o:^33}" for o in parsed.optimizers))
+        for delay in parsed.delays:
+            cells = (
+                f"  {p['mean']:6.1f} [{p['low']:.1f}, {p['high']:.1f}] ({p['learning_rate']:g})"
+                for p in points
+                if (p["panel"], p["delay"]) == (panel, delay)
+            )
+            print(f"{delay:5d}" + "".join(f"{cell:35}" for cell in cells))
+
+
+STYLES = {  # colours of Okabe and Ito; markers and dashes for those who print in grey
+    "adam": ("Adam", "#0072B2", "o-"),
+    "shared_rmsprop": ("Shared RMSProp", "#D55E00", "s--"),
+    "momentum": ("momentum SGD", "#009E73", "^-."),
+    "rmsprop": ("RMSProp", "#CC79A7", "D:"),
+}
+
+
+def draw(paths: Sequence[Path], points: Sequence[Point]) -> None:
+    """Draws the interquartile mean over the delay, with its interval as a band, in the formats of the paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    delays = sorted({point["delay"] for point in points})
+    with plt.rc_context({"font.size": 9, "axes.titlesize": 9, "pdf.fonttype": 42}):
+        figure, panels = plt.subplots(1, 2, figsize=(7, 2.9), sharey=True, layout="constrained")
+        for axes, (panel, title) in zip(panels, PANELS.items(), strict=True):
+            for name in dict.fromkeys(point["optimizer"] for point in points):
+                line = [p for p in points if (p["optimizer"], p["panel"]) == (name, panel)]
+                x, mean, low, high = zip(
+                    *((delays.index(p["delay"]), p["mean"], p["low"], p["high"]) for p in line),
+                    strict=True,
+                )
+                label, colour, style = STYLES[name]
+                axes.plot(x, mean, style, markersize=4, linewidth=1.4, color=colour, label=label)
+                axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.set_title(title)
+            axes.set_xlabel("staleness (updates)")
+            axes.set_xticks(range(len(delays)), [str(delay) for delay in delays])
+            axes.set_ylim(bottom=0)
+            axes.grid(axis="y", color="0.92", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel("final return (IQM)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        for path in paths:
+            figure.savefig(path, dpi=200)
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
