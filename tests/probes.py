@@ -38,7 +38,11 @@ class Probe:
         reward = self.reward(sign, action, last).astype(jnp.float32)
         fresh_observation, fresh = self.reset(key, len(sign))
         state = jax.tree.map(lambda a, b: jnp.where(last, a, b), fresh, (sign, remaining))
-        observation = jnp.where(last[:, None], fresh_observation, final)
+        observation = jax.tree.map(
+            lambda a, b: jnp.where(last.reshape(-1, *[1] * (b.ndim - 1)), a, b),
+            fresh_observation,
+            final,
+        )
         never = jnp.zeros_like(last)
         terminated, truncated = (never, last) if self.truncates else (last, never)
         return Transition(observation, state, reward, terminated, truncated, final)
@@ -46,3 +50,20 @@ class Probe:
     def observe(self, sign, remaining):
         time = remaining.astype(jnp.float32) if self.shows_time else jnp.zeros_like(sign)
         return jnp.stack([sign, time], axis=-1)
+
+
+class DictProbe(Probe):
+    """A probe whose observation is a dict or a tuple: the sign as a vector of one, and the time as a scalar."""
+
+    name = "DictProbe"
+
+    def __init__(self, *arguments, kind=dict, **options):
+        super().__init__(*arguments, **options)
+        self.kind = kind
+        self.observation_shape = self._tree((1,), ())
+
+    def observe(self, sign, remaining):
+        return self._tree(sign[:, None], super().observe(sign, remaining)[:, 1])
+
+    def _tree(self, sign, time):
+        return {"sign": sign, "time": time} if self.kind is dict else (sign, time)

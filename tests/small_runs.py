@@ -1,7 +1,7 @@
 """Small runs for the tests of checkpoints, replay and faults, and programs shared between them.
 
-A run of a few updates takes milliseconds, but each call of `train` traces and compiles its programs, which
-takes a second. `shared_programs` keeps what a configuration builds, all of it pure, for the next run.
+A run of a few updates takes milliseconds, but building its program takes a second. `program` builds what a
+configuration describes once, and gives it to every test that asks for the same functions.
 """
 
 import dataclasses
@@ -12,107 +12,58 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import a3c_jax
-from a3c_jax import A3CConfig, CheckpointFolder, agent, kernels, parameters, training, worker
-from a3c_jax.checkpoints import find
+from a3c_jax import A3CConfig, CheckpointFolder, WorkerError, find_checkpoint
 from a3c_jax.environments import Transition
 
 SMALL = {"num_workers": 1, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,), "seed": 3}
 OPTIMIZERS = ["adam", "momentum", "shared_rmsprop", "rmsprop"]
 
 _BUDGETS = {"max_steps": 10**6, "max_episodes": None, "solved_return": None, "solved_window": 100}
-_OF_THE_STEP = ("environment", "envs_per_worker", "t_max", "discount", "critic_cost", "entropy_cost",
-                "terminal_reward", "hidden_sizes", "activation", "shared_torso", "gae_lambda", "reward_clip",
-                "normalize_observations", "normalize_rewards", "torso", "core", "core_size", "forget_bias",
-                "action_bounds", "state_dependent_scale")  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def shared_programs():
-    """Has every `train` and `replay` of a module share what equal configurations compile. Import it to use it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_agent", _make_agent)
-        patch.setattr(training, "PackedWorkerStep", _packed_step)
-        patch.setattr(training, "SharedParameters", _Store)
-        yield
-
-
-_steps, _jits = {}, {}
-_key_of = {}
-_kept = []
-
-
-def _make_agent(config, *, environment=None, network=None):
-    budgets = dict(_BUDGETS)
+def program(config, environment=None, network=None):
+    """The program of a configuration; compiled once for all configurations that can share it."""
+    common = _BUDGETS | {"seed": 0, "nonfinite": "stop", "max_concurrent_workers": None}
     if config.learning_rate_schedule == "linear":
-        del budgets["max_steps"]
-    built = _agent(dataclasses.replace(config, **budgets), environment, network)
-    return built._replace(config=config)
+        del common["max_steps"]
+    if config.optimizer != "rmsprop":
+        common["num_workers"] = 1
+    built = _build(dataclasses.replace(config, **common), environment, network)
+    return built.replace(**{name: getattr(config, name) for name in common})
+
+
+def _build(config, environment, network):
+    if type(environment) is not Walk:  # a subclass is another program
+        return _build_once(config, environment, network)
+    built = _build_once(config, WALK, network)
+    return dataclasses.replace(
+        built,
+        blueprint=built.blueprint._replace(environment=environment),
+        start=lambda seed, worker: environment.adopt(built.start(seed, worker)),
+    )
 
 
 @functools.cache
-def _agent(config, environment, network):
-    walk = environment if type(environment) is Walk else None
-    program = "walk" if walk else id(environment)
-    key = (program, id(network), *(getattr(config, name) for name in _OF_THE_STEP))
-
-    jit = kernels.jit_for_one_call
-
-    def jit_once(function):
-        if (function.__name__, key) not in _jits:
-            _jits[function.__name__, key] = jit(function)
-        return _jits[function.__name__, key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "jit_for_one_call", jit_once)
-        built = agent.make_agent(config, environment=WALK if walk else environment, network=network)
-    if walk:
-        states = [walk.adopt(state) for state in built.states]
-        built = built._replace(environment=walk, states=states)
-    _kept.append((built, environment, network))  # lest an id is used again
-    _key_of[id(built.worker_step)] = key
-    return built
+def _build_once(config, environment, network):
+    return a3c_jax.build(config, environment=environment, network=network)
 
 
-def _packed_step(worker_step, params, state):
-    key = _key_of[id(worker_step)]
-    if key not in _steps:
-        _steps[key] = worker.PackedWorkerStep(worker_step, params, state)
-    return _steps[key]
-
-
-class _Store(parameters.SharedParameters):
-    """Its compiled update is that of the first store with the same optimizer: a function of arrays alone."""
-
-    def __init__(self, params, optimizer, *arguments, **options):
-        super().__init__(params, optimizer, *arguments, **options)
-        self._update = _updates.setdefault(id(optimizer), self._update)
-
-
-_updates = {}
-
-
-def train_together(config, **arguments):
-    """A run to which every worker contributes: none plays on before all have begun their first segment."""
+def train_together(config, environment=None, **options):
+    """A run to which every worker contributes: none goes on before all have begun their first segment."""
     everyone = threading.Barrier(config.num_workers)
+    begun = threading.local()
+    built = program(config, environment)
 
-    class Together(training.WorkerThreads):
-        def __init__(self, step, *arguments, max_running, **rest):
-            begun = threading.local()
+    def step(params, state):
+        if not hasattr(begun, "by_this_thread"):
+            begun.by_this_thread = True
+            everyone.wait(60)
+        return built.step(params, state)
 
-            def with_everyone(params, state):
-                if not hasattr(begun, "by_this_thread"):
-                    begun.by_this_thread = True
-                    everyone.wait(60)
-                return step(params, state)
-
-            super().__init__(with_everyone, *arguments, **rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "WorkerThreads", Together)
-        result = a3c_jax.train(config, **arguments)
+    together = dataclasses.replace(built, step=step, max_concurrent_calls=lambda *_: None)
+    result = a3c_jax.train(together, **options)
     assert set(result.schedule.worker) == set(range(config.num_workers))
     return result
 
@@ -191,24 +142,43 @@ def small(**changes):
 
 
 def train(config, environment=WALK, **options):
-    return a3c_jax.train(config, environment=environment, **options)
+    return a3c_jax.train(program(config, environment), **options)
 
 
 def replay(config, schedule, environment=WALK, **options):
-    return a3c_jax.replay(config, schedule, environment=environment, **options)
+    return a3c_jax.replay(program(config, environment), schedule, **options)
+
+
+_TOLD = RuntimeError("as told")
+
+
+def fail_after(built, count, error=_TOLD, once=False):
+    """The program with a step that raises from call number `count` on, counted over all workers; or only there."""
+    calls, lock = iter(range(10**9)), threading.Lock()
+
+    def step(params, state):
+        with lock:
+            number = next(calls)
+        if number == count or (number > count and not once):
+            raise error
+        return built.step(params, state)
+
+    return dataclasses.replace(built, step=step, max_concurrent_calls=lambda *_: None)
 
 
 def cut_short(config, updates, folder, environment=WALK, **options):
-    """Makes exactly so many updates of a longer run, and returns its checkpoint: as an interruption leaves it."""
-
-    class Fewer(training.WorkerThreads):
-        def __init__(self, *arguments, max_updates, **rest):
-            super().__init__(*arguments, max_updates=updates, **rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "WorkerThreads", Fewer)
-        train(config, environment, checkpoints=CheckpointFolder(folder), **options)
-    return find(folder)
+    """Makes exactly so many updates of a run, and returns its checkpoint, as an interruption leaves it."""
+    resumed = options.get("resume")
+    before = 0 if resumed is None else resumed.version
+    try:
+        a3c_jax.train(
+            fail_after(program(config, environment), updates),
+            checkpoints=CheckpointFolder(folder),
+            **options,
+        )
+    except WorkerError as error:
+        assert error.result.version == before + updates
+    return find_checkpoint(folder)
 
 
 class StopAt:
@@ -247,8 +217,8 @@ def assert_equal_runs(a, b):
 
 
 def running_lengths(checkpoint):
-    """The lengths of the episodes that run in each worker's environments: a state's last words."""
-    return checkpoint.states[:, -checkpoint.config.envs_per_worker :].view(np.int32)
+    """The lengths of the episodes that run in each worker's environments."""
+    return checkpoint.states["episode_length"]
 
 
 def assert_exact_counters(checkpoint):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from a3c_jax.config import A3CConfig, available_cores
+from a3c_jax.config import A3CConfig, available_cores, changes_needing_compilation
 
 NAN, INFINITY = math.nan, math.inf
 
@@ -224,3 +224,67 @@ def test_importing_the_config_does_not_import_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+# What needs another compiled program.
+
+RUN_ONLY = {
+    "seed": 7, "max_steps": 10, "max_episodes": 3, "solved_return": 1.0, "solved_window": 7,
+    "num_workers": 9, "max_concurrent_workers": 2, "nonfinite": "skip",
+}  # fmt: skip
+
+
+def test_a_seed_budgets_and_workers_change_without_compiling():
+    assert changes_needing_compilation(A3CConfig(), A3CConfig(**RUN_ONLY)) == {}
+
+
+def test_every_other_field_needs_another_program_and_is_named_with_both_values():
+    other = {
+        "environment": "Catch-bsuite", "envs_per_worker": 3, "t_max": 3, "hidden_sizes": (3,),
+        "optimizer": "momentum", "learning_rate_schedule": "linear", "activation": "elu", "torso": "mlp",
+        "core": "gru", "action_bounds": "tanh",
+    }  # fmt: skip
+    for field in dataclasses.fields(A3CConfig):
+        default = getattr(A3CConfig(), field.name)
+        if isinstance(default, bool):
+            other[field.name] = not default
+        elif field.name not in other and field.name not in RUN_ONLY:
+            other[field.name] = 0.5 if type(default) is not int else 3
+            if default == 0.5:
+                other[field.name] = 0.25
+    assert set(other) | set(RUN_ONLY) == {field.name for field in dataclasses.fields(A3CConfig)}
+    for name, value in other.items():
+        found = changes_needing_compilation(A3CConfig(), A3CConfig(**{name: value}))
+        assert found == {name: (getattr(A3CConfig(), name), value)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"learning_rate_schedule": "linear"}, "max_steps"),
+        ({"optimizer": "rmsprop"}, "num_workers"),
+    ],
+    ids=["annealed over max_steps", "statistics for each worker"],
+)
+def test_what_the_schedule_or_the_optimizer_s_state_depends_on_needs_another_program(fields, name):
+    before = A3CConfig(**fields, num_workers=2)
+    now = dataclasses.replace(before, **{name: 5})
+    assert changes_needing_compilation(before, now) == {name: (getattr(before, name), 5)}
+
+
+# What people read.
+
+
+def test_the_docstring_describes_every_field_and_the_command_line_shows_the_same_texts(capsys):
+    import docstring_parser
+    import tyro
+
+    described = {
+        p.arg_name: p.description for p in docstring_parser.parse(A3CConfig.__doc__).params
+    }
+    assert set(described) == {field.name for field in dataclasses.fields(A3CConfig)}
+    with pytest.raises(SystemExit):
+        tyro.cli(A3CConfig, args=["--help"])
+    shown = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    for text in described.values():
+        assert re.sub(r"\s+", "", text) in shown

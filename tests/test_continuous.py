@@ -7,7 +7,7 @@ import pytest
 from gymnax.environments import spaces
 
 from a3c_jax import A3CConfig, environments, evaluate, greedy_policy, rollout, train
-from a3c_jax.agent import make_agent
+from a3c_jax.blueprint import make_blueprint
 from a3c_jax.distributions import DiagonalGaussian
 from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import ActorCritic, trajectory_apply
@@ -154,8 +154,8 @@ def test_a_target_is_learnt(bounds):
 
 def test_pendulum_gets_torques_within_its_bounds_as_its_own_step_does():
     environment = environments.make("Pendulum-v1")
-    agent = make_agent(A3CConfig(environment="Pendulum-v1", num_workers=1, envs_per_worker=3))
-    assert agent.environment.continuous
+    blueprint = make_blueprint(A3CConfig(environment="Pendulum-v1"))
+    assert blueprint.environment.continuous
     _, state = environment.reset(jax.random.key(0), 3)
     numbers = jnp.array([[-9.0], [0.25], [9.0]])
     transition = environment.step(jax.random.key(1), state, numbers)

@@ -242,17 +242,39 @@ def test_a_name_like_no_other_is_answered_with_all_known_ones():
         make("xyzzy")
 
 
-def test_an_observation_that_is_no_single_array_is_refused_with_a_remedy():
-    class Nested:
-        def observation_space(self, params):
-            return spaces.Dict({"a": spaces.Discrete(2)})
+class Nested:
+    """Declares a space and shows what `show` makes of a category and a vector."""
 
-        def action_space(self, params):
-            return spaces.Discrete(2)
+    def __init__(self, space, show=None):
+        self.space, self.show = space, show
 
-    message = r"environment 'Nested' has the observation space .*only Box and Discrete.*; flatten"
+    def reset(self, key, params):
+        return self.show(jnp.int32(2), jnp.arange(3.0)), jnp.int32(0)
+
+    def observation_space(self, params):
+        return self.space
+
+    def action_space(self, params):
+        return spaces.Discrete(2)
+
+
+def test_an_observation_of_several_parts_is_a_tree_whose_categories_are_one_hot():
+    box, category = spaces.Box(0.0, 9.0, (3,)), spaces.Discrete(4)
+    space = spaces.Dict({"a": category, "b": spaces.Tuple((box, category))})
+    own = Nested(space, lambda c, v: {"b": (v, c), "a": c})
+    environment = environments.GymnaxEnvironment("Nested", own, None)
+    assert environment.observation_shape == {"a": (4,), "b": ((3,), (4,))}
+    observation, _ = environment.reset(jax.random.key(0), 2)
+    assert set(observation) == {"a", "b"} and type(observation["b"]) is tuple
+    np.testing.assert_array_equal(observation["a"], [[0, 0, 1, 0]] * 2)
+    np.testing.assert_array_equal(observation["b"][0], [[0, 1, 2]] * 2)
+    np.testing.assert_array_equal(observation["b"][1], [[0, 0, 1, 0]] * 2)
+
+
+def test_an_observation_of_another_space_is_refused_with_a_remedy():
+    message = r"environment 'Nested' has the observation space .*only Box, Discrete, Dict and Tuple .*; turn"
     with pytest.raises(ValueError, match=message):
-        environments.GymnaxEnvironment("Nested", Nested(), None)
+        environments.GymnaxEnvironment("Nested", Nested(object()), None)
 
 
 def test_an_unknown_parameter_is_answered_with_the_known_ones():

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from probes import Probe
+from small_runs import program
 
 from a3c_jax import A3CConfig, evaluate, greedy_policy, make, random_policy, sampled_policy, train
-from a3c_jax.evaluation import Policy, _play
+from a3c_jax.asynchrony.evaluation import Policy
 from a3c_jax.networks import ActorCritic
 
 
@@ -71,22 +72,31 @@ def test_greedy_takes_the_mode_and_sampled_does_not_always():
 
 
 def test_evaluation_disturbs_no_training():
-    config = A3CConfig(num_workers=1, envs_per_worker=2, t_max=4, max_steps=800)
-    before = train(config)
+    run = program(A3CConfig(num_workers=1, envs_per_worker=2, t_max=4, max_steps=800))
+    before = train(run)
     evaluate(
         sampled_policy(before.network), before.params, before.environment, before.evaluation_key, 5
     )
-    chex.assert_trees_all_equal(before.params, train(config).params)
+    chex.assert_trees_all_equal(before.params, train(run).params)
 
 
-def test_equal_networks_share_one_compiled_evaluation():
-    environment = make("CartPole-v1")
-    traces = _play._cache_size()
-    for _ in range(3):
-        network = ActorCritic(num_actions=2, hidden_sizes=(4,))
-        params = network.init(jax.random.key(1), jnp.zeros(4))
-        evaluate(greedy_policy(network), params, environment, jax.random.key(0), 2)
-    assert _play._cache_size() == traces + 1
+def test_equal_networks_and_other_parameters_share_one_compiled_evaluation():
+    traces = []
+
+    class Counted(Probe):
+        def step(self, key, state, action):
+            traces.append(action)
+            return super().step(key, state, action)
+
+    environment = Counted(2, lambda sign, action, last: sign)
+    for seed in range(3):
+        network = ActorCritic(num_actions=2, hidden_sizes=(4,), activation="tanh")
+        params = network.init(jax.random.key(seed), jnp.zeros(2))
+        for policy in (greedy_policy, sampled_policy):
+            evaluate(policy(network), params, environment, jax.random.key(seed), 2)
+    assert len(traces) == 2  # one for each policy
+    evaluate(greedy_policy(network), params, environment, jax.random.key(0), 3)
+    assert len(traces) == 3  # another number of episodes is another program
 
 
 def test_a_number_of_episodes_must_be_positive():

@@ -4,8 +4,15 @@ import gymnax
 import numpy as np
 import pytest
 
-from a3c_jax import A3CConfig, environments, evaluate, sampled_policy, train
-from a3c_jax.checkpoints import CheckpointFolder, find
+from a3c_jax import (
+    A3CConfig,
+    CheckpointFolder,
+    environments,
+    evaluate,
+    find_checkpoint,
+    sampled_policy,
+    train,
+)
 
 CANNOT_RUN = {
     "MNISTBandit-bsuite": "downloads its data when it is made",
@@ -42,7 +49,7 @@ def test_three_updates_an_evaluation_a_checkpoint_and_on_from_it(name, tmp_path)
     returns, lengths = evaluate(policy, result.params, short, result.evaluation_key, 2)
     assert np.isfinite(returns).all() and (lengths >= 1).all()
     more = A3CConfig(environment=name, **TINY | {"max_steps": 24})
-    again = train(more, environment=short, resume=find(tmp_path))
+    again = train(more, environment=short, resume=find_checkpoint(tmp_path))
     assert again.version == 6
     np.testing.assert_array_equal(again.schedule.worker[:3], result.schedule.worker)
 

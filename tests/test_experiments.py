@@ -1,4 +1,4 @@
-"""The experiments from their command lines, as a user types them."""
+"""The examples and the tools for their run folders, as a user types them."""
 
 import dataclasses
 import importlib
@@ -17,17 +17,23 @@ from flax import serialization
 from PIL import Image
 
 import a3c_jax
-from a3c_jax.agent import make_blueprint
-from a3c_jax.checkpoints import find
-from a3c_jax.metrics import EpisodeLog
-from experiments import curves, runner, tasks  # noqa: F401  (registers its environments)
-from experiments.plotting import _mean_in_intervals, running_mean
+from a3c_jax.blueprint import make_blueprint
+from experiments import command_line, curves, replay, run_folder, tasks  # noqa: F401
+from experiments.plotting import mean_in_intervals, running_mean
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--max-steps", "2000", "--num-workers", "2", "--evaluation-episodes", "5"]
+EXAMPLES = ["article", "cartpole", "memory", "minatar", "pendulum"]
+TOOLS = ["curves", "replay"] + [
+    f"measurements.{name}"
+    for name in ("reproduction", "scaling", "soak", "staleness", "synchronous", "throughput")
+]
+SMALL = [
+    *("--num-workers", "2", "--envs-per-worker", "2", "--t-max", "4", "--hidden-sizes", "4"),
+    *("--max-steps", "400", "--evaluation-episodes", "2", "--no-progress"),
+]
 
 
-def run(*arguments, timeout=120):
+def run(*arguments, timeout=240):
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,
@@ -37,9 +43,34 @@ def run(*arguments, timeout=120):
     )
 
 
+def presets(name):
+    module = importlib.import_module(f"experiments.{name}")
+    return getattr(module, "PRESETS", None) or {name: module.DEFAULTS}
+
+
+def example(name, folder, *arguments):
+    """Runs an example in this process; returns its run folder."""
+    given = [*SMALL, "--run-dir", str(folder), *arguments]
+    return command_line.main(name, "About it.", presets(name), arguments=given)
+
+
+def refused(capsys, function, *arguments):
+    """What a program prints that refuses its input."""
+    with pytest.raises(SystemExit) as caught:
+        function(*arguments)
+    assert caught.value.code == 2
+    errors = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "Traceback" not in errors
+    return errors
+
+
+# The command line.
+
+
 def test_cartpole_leaves_everything_in_its_run_folder(tmp_path):
     folder = tmp_path / "run"
-    done = run("experiments.cartpole", *TINY, "--run-dir", str(folder), "--seed", "7")
+    tiny = ["--max-steps", "2000", "--num-workers", "2", "--evaluation-episodes", "5"]
+    done = run("experiments.cartpole", *tiny, "--run-dir", str(folder), "--seed", "7")
     assert done.returncode == 0, done.stderr
     for word in ("greedy", "sampled", "random", "stopped by max_steps", "steps/s", str(folder)):
         assert word in done.stdout
@@ -47,14 +78,8 @@ def test_cartpole_leaves_everything_in_its_run_folder(tmp_path):
         assert word in done.stderr  # the progress bar
 
     assert {path.name for path in folder.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "final.msgpack",
-        "best.msgpack",
-        "episodes.npz",
-        "summary.json",
-        "learning_curve.png",
-        "checkpoints",
+        *("config.json", "metrics.jsonl", "final.msgpack", "best.msgpack", "episodes.npz"),
+        *("summary.json", "learning_curve.png", "checkpoints"),
     }
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["000000000000.checkpoint", "000000000016.checkpoint"]  # 2,000 steps of 128
@@ -62,7 +87,8 @@ def test_cartpole_leaves_everything_in_its_run_folder(tmp_path):
     assert (config.seed, config.max_steps, config.solved_return) == (7, 2000, 475.0)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
-    assert rows[-1]["environment_steps"] == summary["environment_steps"] >= 2000
+    assert rows[-1]["environment_steps"] == summary["environment_steps"] == 2048
+    assert set(summary["seconds"]) == {"import", "setup", "compile", "train", "until_trained"}
     episodes = np.load(folder / "episodes.npz")
     assert len(episodes["episode_return"]) == summary["episodes"] == rows[-1]["episodes"]
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -72,50 +98,92 @@ def test_cartpole_leaves_everything_in_its_run_folder(tmp_path):
         assert network.apply(params, jnp.zeros(4))[1].shape == ()
 
 
-def test_a_run_folder_that_exists_is_never_overwritten(tmp_path):
+def test_a_run_folder_that_exists_is_never_overwritten(tmp_path, capsys):
     (tmp_path / "kept").write_text("mine")
-    done = run("experiments.cartpole", *TINY, "--run-dir", str(tmp_path))
-    assert done.returncode == 2
-    assert "run_dir must not exist" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "run_dir must not exist" in refused(capsys, example, "cartpole", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--num-workers", "0"], "A3CConfig.num_workers must be >= 1, got 0"),
+        (["--num-workers", "0"], "A3CConfig.num_workers must be an integer >= 1, got 0"),
         (["--environment", "CartPol-v1"], "did you mean CartPole-v1"),
         (["--preset", "pong"], "preset must be one of cartpole, got 'pong'"),
         (["--optimizer", "adma"], "adam"),
+        (["--evaluation-episodes", "0"], "evaluation_episodes must be > 0, got 0"),
+        (["--keep-checkpoints", "0"], "keep_checkpoints must be > 0, got 0"),
+        (["--resume", "nowhere"], "no checkpoint in nowhere"),
     ],
 )
-def test_bad_input_ends_with_its_reason_and_leaves_no_folder(tmp_path, arguments, message):
-    folder = tmp_path / "run"
-    done = run("experiments.cartpole", *arguments, "--run-dir", str(folder))
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.replace("│", " ").split())
-    assert "Traceback" not in done.stderr
-    assert not folder.exists()
+def test_bad_input_ends_with_its_reason_and_leaves_no_folder(tmp_path, capsys, arguments, message):
+    assert message in refused(capsys, example, "cartpole", tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
 
 
-def test_help_explains_every_field():
-    done = run("experiments.cartpole", "--help")
-    assert done.returncode == 0
-    for field in a3c_jax.A3CConfig.__dataclass_fields__:
-        assert f"--{field.replace('_', '-')}" in done.stdout
-    assert "The discount factor gamma" in done.stdout
-
-
-def test_the_article_prints_each_episode_once(tmp_path):
-    arguments = ["--max-episodes", "30", "--evaluation-episodes", "5", "--no-progress"]
-    done = run("experiments.article", *arguments, "--run-dir", str(tmp_path / "run"))
+@pytest.mark.parametrize("name", ["cartpole", *TOOLS])
+def test_help_answers_without_loading_jax(name):
+    program = (
+        "import runpy, sys\n"
+        "try:\n"
+        f"    runpy.run_module('experiments.{name}', run_name='__main__', alter_sys=True)\n"
+        "finally:\n"
+        "    print('jax loaded:', 'jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("episode ")]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert [int(line[1]) for line in lines] == list(range(1, summary["episodes"] + 1))
-    returns = np.load(tmp_path / "run" / "episodes.npz")["episode_return"]
-    assert [float(line[5]) for line in lines] == returns.tolist()
+    assert f"python -m experiments.{name}" in done.stdout
+    assert "jax loaded: False" in done.stdout
+    if name == "cartpole":
+        assert "gamma" in done.stdout
+        for field in a3c_jax.A3CConfig.__dataclass_fields__:
+            assert f"--{field.replace('_', '-')}" in done.stdout
+
+
+def test_a_run_goes_on_in_its_folder_with_its_own_configuration(tmp_path, capsys):
+    folder = example("cartpole", tmp_path / "run", "--seed", "5")
+    before = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "failure.json").write_text("{}")
+    with (folder / "metrics.jsonl").open("a") as rows:
+        rows.write('{"environment_steps": 9999}\n{"environment_st')  # of a process that was killed
+    more = ["--resume", str(folder), "--max-steps", "800", *SMALL[-3:]]
+    again = command_line.main("cartpole", "", presets("cartpole"), arguments=more)
+    assert again == folder and not (folder / "failure.json").exists()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["seed"], config["t_max"], config["max_steps"]) == (5, 4, 800)
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    assert rows[: len(before)] == before
+    assert json.loads(rows[-1])["environment_steps"] == 800
+    assert 9999 not in [json.loads(row)["environment_steps"] for row in rows]
+
+    other = ["--resume", str(folder), "--t-max", "8"]
+    errors = refused(capsys, example, "cartpole", tmp_path / "other", *other)
+    assert "t_max" in errors and not (tmp_path / "other").exists()
+
+
+def test_a_worker_that_fails_leaves_its_reason_in_the_run_folder(tmp_path, capsys):
+    config = a3c_jax.A3CConfig(num_workers=1, envs_per_worker=2, t_max=4, hidden_sizes=(4,))
+    program, calls = a3c_jax.build(config), []
+
+    def fail(params, state):
+        calls.append(None)
+        if len(calls) == 3:
+            raise MemoryError("no more")
+        return program.step(params, state)
+
+    checkpoints = a3c_jax.CheckpointFolder(tmp_path / "checkpoints")
+    with pytest.raises(SystemExit) as caught:
+        failing = dataclasses.replace(program, step=fail)
+        run_folder.train_in_folder(failing, tmp_path, checkpoints, progress=False)
+    assert caught.value.code == 1
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["worker"], failure["update"], failure["pulled_version"]) == (0, 2, 2)
+    assert f"experiments.replay {tmp_path}" in capsys.readouterr().err
+    replay.main([str(tmp_path)])  # it was not the computation that failed
+    output = capsys.readouterr().out
+    assert "does not fail when it is repeated" in output and "identical: " in output
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT cannot be sent to a process on Windows")
@@ -145,30 +213,17 @@ def test_ctrl_c_keeps_what_was_learnt(tmp_path):
     assert "stopped by interrupted" in output
     assert f"go on with: python -m experiments.cartpole --resume {folder}" in output
     assert "Traceback" not in errors
-    learnt = find(folder)
+    learnt = a3c_jax.find_checkpoint(folder)
     assert f"after {learnt.environment_steps:,} steps" in output
     assert learnt.version > 0
 
 
-def test_the_running_mean_is_that_of_the_last_values():
-    values = np.array([1.0, 3.0, 5.0, 7.0])
-    np.testing.assert_allclose(running_mean(values, 2), [1.0, 2.0, 4.0, 6.0])
-    np.testing.assert_allclose(running_mean(values, 10), [1.0, 2.0, 3.0, 4.0])
+# The examples.
 
 
-# Presets and pictures.
-
-SCRIPTS = ["article", "cartpole", "memory", "minatar", "pendulum"]
-
-
-def presets(script):
-    module = importlib.import_module(f"experiments.{script}")
-    return getattr(module, "PRESETS", None) or {script: module.DEFAULTS}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_preset_describes_an_agent(script):
-    for config in presets(script).values():
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_preset_describes_a_program(name):
+    for config in presets(name).values():
         blueprint = make_blueprint(config)
         state = jax.eval_shape(blueprint.start, 0, 0)
         params = jax.eval_shape(blueprint.init, 0, state.observation)
@@ -176,32 +231,32 @@ def test_every_preset_describes_an_agent(script):
 
 
 def test_a_preset_is_the_default_that_options_change(tmp_path, capsys):
-    sizes = ["--envs-per-worker", "2", "--hidden-sizes", "4", "--max-steps", "40", "--no-progress"]
-    rest = ["--evaluation-episodes", "1", "--run-dir", str(tmp_path / "run")]
-    made = runner.main(
-        "pendulum", "", presets("pendulum"), arguments=["--preset", "mountain-car", *sizes, *rest]
-    )
+    made = example("pendulum", tmp_path / "run", "--preset", "mountain-car", "--max-steps", "40")
     config = a3c_jax.A3CConfig(**json.loads((made / "config.json").read_text()))
+    changed = {"num_workers": 2, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (4,)}
     chosen = presets("pendulum")["mountain-car"]
-    changed = {"envs_per_worker": 2, "hidden_sizes": (4,), "max_steps": 40}
-    assert config == dataclasses.replace(chosen, **changed)
+    assert config == dataclasses.replace(chosen, max_steps=40, **changed)
     with pytest.raises(SystemExit):
-        runner.main("pendulum", "About it.", presets("pendulum"), arguments=["--help"])
+        example("pendulum", tmp_path / "help", "--help")
     assert "Presets: pendulum, mountain-car." in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_article_prints_each_episode_once(capsys):
+    from experiments.article import DEFAULTS, EpisodePrinter
+
+    config = dataclasses.replace(DEFAULTS, max_episodes=30, hidden_sizes=(4,))
+    result = a3c_jax.train(config, sinks=[EpisodePrinter()], interval=0.01)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [int(line[1]) for line in lines] == list(range(1, len(result.episodes.worker) + 1))
+    assert [float(line[5]) for line in lines] == result.episodes.episode_return.tolist()
 
 
 @pytest.mark.parametrize(
     ("environment", "drawn"),
     [("Catch-bsuite", True), pytest.param("UmbrellaChain-bsuite", False, marks=pytest.mark.slow)],
 )
-def test_a_gif_of_the_policy_playing_where_gymnax_can_draw_it(tmp_path, capsys, environment, drawn):
-    config = a3c_jax.A3CConfig(
-        environment=environment, num_workers=1, envs_per_worker=2, hidden_sizes=(4,), max_steps=32
-    )
-    rest = ["--gif", "--no-progress", "--evaluation-episodes", "1"]
-    made = runner.main(
-        "test", "", {"test": config}, arguments=[*rest, "--run-dir", str(tmp_path / "run")]
-    )
+def test_a_gif_of_the_policy_playing_if_gymnax_can_draw_it(tmp_path, capsys, environment, drawn):
+    made = example("cartpole", tmp_path / "run", "--environment", environment, "--gif")
     assert (made / "summary.json").exists()
     assert (made / "play.gif").exists() == drawn
     if drawn:
@@ -211,30 +266,125 @@ def test_a_gif_of_the_policy_playing_where_gymnax_can_draw_it(tmp_path, capsys, 
         assert "no GIF: " in capsys.readouterr().out
 
 
-def test_the_curves_of_several_runs_in_one_picture(tmp_path, capsys, monkeypatch):
-    for seed, environment in enumerate(["Catch-bsuite", "Catch-bsuite", "Breakout-MinAtar"]):
-        log = EpisodeLog(
-            worker=np.zeros(5, np.int32),
-            episode_return=np.arange(5.0) + seed,
-            length=np.ones(5, np.int32),
-            environment_steps=100 * np.arange(1, 6),
-            seconds=np.arange(5.0),
-        )
-        folder = tmp_path / f"run{seed}"
-        folder.mkdir()
-        np.savez(folder / "episodes.npz", **log._asdict())
-        (folder / "config.json").write_text(json.dumps({"environment": environment}))
+# Replay.
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    return example("cartpole", tmp_path_factory.mktemp("runs") / "run", "--max-steps", "1600")
+
+
+def test_a_replay_is_identical(finished_run, capsys):
+    replay.main([str(finished_run)])
+    count = len(a3c_jax.find_checkpoint(finished_run).episodes.length)
+    output = capsys.readouterr().out
+    assert f"identical: parameters, best parameters, optimizer state and all {count} epi" in output
+    assert "of 200 updates by 2 workers" in output
+    replay.main([str(finished_run), "--until", "7"])
+    output = capsys.readouterr().out
+    worker = a3c_jax.find_checkpoint(finished_run).schedule.worker[6]
+    assert f"update 6, by worker {worker}:" in output and "gradient_norm" in output
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("params", "the parameters params/"),
+        ("best_params", "the best parameters params/"),
+        ("optimizer_state", "the optimizer's state state/"),
+    ],
+)
+def test_a_replay_names_the_first_number_that_differs(finished_run, field, words):
+    checkpoint = a3c_jax.find_checkpoint(finished_run)
+    result = a3c_jax.replay(checkpoint.config, checkpoint.schedule)
+    assert replay.first_difference(checkpoint, result) is None
+    arrays = getattr(checkpoint, field)
+    name = [n for n in arrays if arrays[n].size > 2 and arrays[n].dtype == np.float32][0]
+    changed = arrays[name].copy()
+    changed.ravel().view(np.uint32)[2] ^= 1  # the last bit of one number
+    altered = checkpoint._replace(**{field: {**arrays, name: changed}})
+    difference = replay.first_difference(altered, result)
+    assert difference.startswith(words) and f"{name}, at element 2: " in difference
+
+
+def test_a_replay_names_the_first_episode_that_differs(finished_run):
+    checkpoint = a3c_jax.find_checkpoint(finished_run)
+    result = a3c_jax.replay(checkpoint.config, checkpoint.schedule)
+    lengths = checkpoint.episodes.length.copy()
+    lengths[4] += 1
+    altered = checkpoint._replace(episodes=checkpoint.episodes._replace(length=lengths))
+    update = checkpoint.episodes.environment_steps[4] // 8 - 1
+    difference = replay.first_difference(altered, result)
+    assert difference.startswith(f"episode 4, reported by update {update}, has length {lengths[4]}")
+    fewer = checkpoint.episodes._make(column[:-1] for column in checkpoint.episodes)
+    count = len(fewer.length)
+    difference = replay.first_difference(checkpoint._replace(episodes=fewer), result)
+    assert difference == f"{count} episodes in the run, {count + 1} in the replay"
+
+
+def test_a_replay_refuses_what_it_cannot_do(finished_run, tmp_path, capsys):
+    message = refused(capsys, replay.main, [str(finished_run), "--until", "0"])
+    assert "until must be >= 1, got 0" in message
+    assert "no checkpoint in" in refused(capsys, replay.main, [str(tmp_path)])
+
+
+# Curves.
+
+
+def episodes(steps, returns):
+    none = np.zeros(len(steps))
+    return a3c_jax.EpisodeLog(none, np.array(returns, float), none, np.array(steps), none)
+
+
+def folder_of(path, log, **config):
+    path.mkdir()
+    np.savez(path / "episodes.npz", **log._asdict())
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def test_curves_groups_runs_by_environment_and_configuration(tmp_path, capsys):
+    log = episodes([100, 200, 300], [0.0, 1.0, 2.0])
+    runs = [
+        folder_of(tmp_path / "a", log, environment="Catch-bsuite", seed=0, core=None, t_max=5),
+        folder_of(tmp_path / "b", log, environment="Catch-bsuite", seed=1, core=None, t_max=5),
+        folder_of(tmp_path / "c", log, environment="Catch-bsuite", seed=0, core="lstm", t_max=5),
+        folder_of(tmp_path / "d", log, environment="Breakout-MinAtar", seed=0, core=None, t_max=5),
+    ]
     picture = tmp_path / "curves.png"
-    folders = [str(tmp_path / f"run{seed}") for seed in range(3)]
-    monkeypatch.setattr(sys, "argv", ["curves", *folders, "--output", str(picture)])
-    curves.main()
-    assert "Catch-bsuite: mean return of the last 100 episodes: 2.0, 3.0" in capsys.readouterr().out
+    curves.main([*runs, "--output", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == [
+        "Catch-bsuite, core None (2 runs): mean return of the last 100 episodes: 1.0, 1.0",
+        "Catch-bsuite, core lstm (1 run): mean return of the last 100 episodes: 1.0",
+        "Breakout-MinAtar, 1 run: mean return of the last 100 episodes: 1.0",
+    ]
 
 
-def test_the_mean_in_each_interval_of_steps():
-    log = EpisodeLog(*[np.zeros(4)] * 5)._replace(
-        environment_steps=np.array([5, 10, 11, 40]), episode_return=np.array([1.0, 3.0, 7.0, 9.0])
-    )
-    means = _mean_in_intervals(log, np.array([0.0, 10.0, 20.0, 30.0, 40.0]))
+def test_curves_of_a_real_run(finished_run, tmp_path):
+    curves.main([str(finished_run), "--output", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_curves_says_what_is_missing(tmp_path, capsys):
+    assert "no run folder given; name one or more" in refused(capsys, curves.main, [])
+    message = refused(capsys, curves.main, [str(tmp_path)])
+    assert f"{tmp_path} is not the folder of a run that has ended" in message
+
+
+def test_a_line_ends_where_its_run_ends():
+    # Episodes end at 15, 20 and 21 of the intervals to 10, 20, 30 and 40; none ends before 10 or after 30.
+    log = episodes([15, 20, 21], [1.0, 3.0, 7.0])
+    means = mean_in_intervals(log, np.array([0.0, 10.0, 20.0, 30.0, 40.0]))
+    np.testing.assert_array_equal(means, [np.nan, 2.0, 7.0, np.nan])
+    # Within the run, an interval without an episode has the mean of the one before.
+    log = episodes([5, 10, 11, 40], [1.0, 3.0, 7.0, 9.0])
+    means = mean_in_intervals(log, np.array([0.0, 10.0, 20.0, 30.0, 40.0]))
     np.testing.assert_array_equal(means, [2.0, 7.0, 7.0, 9.0])
+
+
+def test_the_running_mean_is_that_of_the_last_values():
+    values = np.array([1.0, 3.0, 5.0, 7.0])
+    np.testing.assert_allclose(running_mean(values, 2), [1.0, 2.0, 4.0, 6.0])
+    np.testing.assert_allclose(running_mean(values, 10), [1.0, 2.0, 3.0, 4.0])

@@ -1,6 +1,7 @@
 """What goes wrong around a run: workers, sinks, disks, clocks, threads; and what is left when it has."""
 
 import asyncio
+import builtins
 import contextlib
 import errno
 import json
@@ -14,20 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_runs import (
+    WALK,
     Walk,
     assert_equal_runs,
     assert_exact_counters,
+    fail_after,
+    program,
     replay,
-    shared_programs,  # noqa: F401
     small,
     train,
     words,
 )
 
 import a3c_jax
-from a3c_jax import CheckpointFolder, WorkerError, checkpoints
-from a3c_jax.checkpoints import find
-from a3c_jax.worker import PackedWorkerStep
+from a3c_jax import CheckpointFolder, WorkerError, find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 60.0
@@ -46,26 +47,15 @@ def names(folder):
 
 @pytest.mark.parametrize("num_workers", [1, 4])
 @pytest.mark.parametrize("failing", [0, 25, 49], ids=["first", "middle", "last"])
-def test_a_worker_that_raises_leaves_the_run_up_to_there(
-    tmp_path, monkeypatch, failing, num_workers
-):
-    step, lock, calls = PackedWorkerStep.__call__, threading.Lock(), []
-
-    def fail(self, params, state):
-        if threading.current_thread().name.startswith("a3c-worker"):
-            with lock:
-                calls.append(None)
-                if len(calls) == failing + 1:
-                    raise MemoryError("no more")
-        return step(self, params, state)
-
-    monkeypatch.setattr(PackedWorkerStep, "__call__", fail)
+def test_a_worker_that_raises_leaves_the_run_up_to_there(tmp_path, failing, num_workers):
     config = small(num_workers=num_workers)
     with pytest.raises(WorkerError, match=r"worker \d failed with MemoryError: no more") as caught:
-        train(config, checkpoints=CheckpointFolder(tmp_path))
-    monkeypatch.undo()
+        a3c_jax.train(
+            fail_after(program(config, WALK), failing, MemoryError("no more"), once=True),
+            checkpoints=CheckpointFolder(tmp_path),
+        )
     assert not live_workers()
-    result, checkpoint = caught.value.result, find(tmp_path)
+    result, checkpoint = caught.value.result, find_checkpoint(tmp_path)
     # The others finish the segment that they are in.
     assert failing <= result.version <= failing + num_workers - 1
     assert result.stop_reason == "failed"
@@ -82,9 +72,9 @@ def test_an_environment_that_returns_no_number_leaves_the_run_up_to_there(tmp_pa
     environment = Walk(np.nan, bad_from=50)
     with pytest.raises(WorkerError, match="NonFiniteError"):
         train(small(num_workers=3), environment, checkpoints=CheckpointFolder(tmp_path))
-    checkpoint = find(tmp_path)
+    checkpoint = find_checkpoint(tmp_path)
     assert checkpoint.version >= 12  # 48 steps of each environment are good
-    assert np.isfinite(checkpoint.params).all()
+    assert all(np.isfinite(array).all() for array in checkpoint.params.values())
     assert_exact_counters(checkpoint)
 
 
@@ -112,7 +102,7 @@ def test_a_sink_that_throws_ends_the_run_which_is_saved_all_the_same(tmp_path, a
         train(config, checkpoints=CheckpointFolder(tmp_path), sinks=[other, sink], interval=0.01)
     assert (sink.closed, other.closed) == (1, 1)
     assert not live_workers()
-    checkpoint = find(tmp_path)
+    checkpoint = find_checkpoint(tmp_path)
     assert checkpoint.version > 0
     assert_exact_counters(checkpoint)
     longer = small(num_workers=2, max_steps=8 * (checkpoint.version + 20))
@@ -123,7 +113,7 @@ def test_a_sink_that_throws_ends_the_run_which_is_saved_all_the_same(tmp_path, a
 def test_a_sink_that_throws_at_the_very_end_loses_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         train(small(), checkpoints=CheckpointFolder(tmp_path), sinks=[Throws(ZeroDivisionError())])
-    checkpoint = find(tmp_path)
+    checkpoint = find_checkpoint(tmp_path)
     assert checkpoint.version == 50
     assert words(train(small(), resume=checkpoint).params) == words(train(small()).params)
 
@@ -139,8 +129,7 @@ class Disk:
 
         def wrap(function):
             def failing(*arguments, **options):
-                concerns = function is not open or "partial" in str(arguments[0])
-                if not concerns:
+                if call == "open" and "partial" not in str(arguments[0]):
                     return function(*arguments, **options)
                 self.calls += 1
                 if first <= self.calls < first + times:
@@ -150,10 +139,8 @@ class Disk:
 
             return failing
 
-        if call == "open":
-            monkeypatch.setattr(checkpoints, "open", wrap(open), raising=False)
-        else:
-            monkeypatch.setattr(os, call, wrap(getattr(os, call)))
+        module = builtins if call == "open" else os
+        monkeypatch.setattr(module, call, wrap(getattr(module, call)))
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
@@ -169,7 +156,7 @@ def test_a_disk_that_fails_costs_a_warning_and_nothing_else(tmp_path, monkeypatc
     assert len(warned) == disk.failed >= 2
     assert_equal_runs(result, train(config))
     assert names(tmp_path) == ["000000000000.checkpoint"]
-    assert find(tmp_path).version == 0
+    assert find_checkpoint(tmp_path).version == 0
 
 
 def test_a_disk_that_is_full_for_a_while_is_tried_again(tmp_path, monkeypatch):
@@ -179,7 +166,7 @@ def test_a_disk_that_is_full_for_a_while_is_tried_again(tmp_path, monkeypatch):
         train(small(max_steps=8_000), checkpoints=folder, interval=0.001)
     assert disk.failed == 1
     assert disk.calls >= 3
-    assert find(tmp_path).version == 1_000
+    assert find_checkpoint(tmp_path).version == 1_000
     assert not list(tmp_path.glob(".*"))
 
 
@@ -242,7 +229,7 @@ def test_a_clock_that_jumps_changes_nothing_that_counts(tmp_path, monkeypatch, c
         assert jumping.reads >= 3
     assert_equal_runs(result, expected)
     assert 0.0 <= result.wall_clock["train"] < 100.0
-    checkpoint = find(tmp_path)
+    checkpoint = find_checkpoint(tmp_path)
     assert checkpoint.version == 1_000
     assert 0.0 < checkpoint.seconds < 100.0
     assert (np.diff(checkpoint.episodes.seconds) >= 0.0).all()
@@ -256,7 +243,7 @@ def test_sixty_four_workers_on_few_cores(tmp_path):
     config = small(num_workers=64, max_steps=16_000, optimizer="rmsprop")
     result = train(config, checkpoints=CheckpointFolder(tmp_path))
     assert result.version == 2_000
-    assert_exact_counters(find(tmp_path))
+    assert_exact_counters(find_checkpoint(tmp_path))
     assert_equal_runs(replay(config, result.schedule), result)
     assert not live_workers()
 
@@ -269,7 +256,7 @@ def test_train_works_in_a_thread_that_is_not_the_main_one(tmp_path):
     thread.start()
     thread.join(TIMEOUT)
     assert_equal_runs(results[0], train(small()))
-    assert find(tmp_path).version == 50
+    assert find_checkpoint(tmp_path).version == 50
 
 
 def test_train_works_in_a_running_event_loop_as_in_a_notebook():
@@ -327,7 +314,7 @@ def test_two_runs_at_once_are_each_what_they_are_alone(tmp_path):
         thread.join(TIMEOUT)
     for index in range(2):
         assert_equal_runs(results[index], alone[index])
-        assert find(tmp_path / str(index)).config == configs[index]
+        assert find_checkpoint(tmp_path / str(index)).config == configs[index]
 
 
 MANY_RUNS = """

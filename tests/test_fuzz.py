@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_checkpoints import assert_equal_checkpoints, make_checkpoint
 
-from a3c_jax import A3CConfig, CheckpointError
-from a3c_jax.checkpoints import load, save
+from a3c_jax import A3CConfig, CheckpointError, load_checkpoint
+from a3c_jax.asynchrony.checkpoint_files import save_checkpoint
 from a3c_jax.losses import explained_variance, n_step_advantages, n_step_returns
 
 moderate = settings(
@@ -30,7 +30,7 @@ def whole(tmp_path_factory):
     """A checkpoint, its file's bytes, and a path to write other bytes to."""
     folder = tmp_path_factory.mktemp("fuzz")
     checkpoint = make_checkpoint()
-    save(folder / "whole", checkpoint)
+    save_checkpoint(folder / "whole", checkpoint)
     return checkpoint, (folder / "whole").read_bytes(), folder / "other"
 
 
@@ -38,7 +38,7 @@ def assert_refused_or_the_same(whole, content):
     checkpoint, _, path = whole
     path.write_bytes(content)
     try:
-        read = load(path)
+        read = load_checkpoint(path)
     except CheckpointError as error:
         assert str(path) in str(error)
     else:

@@ -709,3 +709,25 @@ def test_the_examples_in_the_docstrings_are_true():
     results = doctest.testmod(losses)
     assert results.attempted >= 6
     assert results.failed == 0
+
+
+def test_numpy_s_own_floats_are_taken_as_jnp_takes_them():
+    expected = n_step_returns(jnp.ones(2), jnp.full(2, 0.5), jnp.ones(2))
+    for arrays in (
+        (np.ones(2), np.full(2, 0.5), np.ones(2)),  # float64
+        (np.ones(2), jnp.full(2, 0.5), jnp.ones(2)),
+    ):
+        returns = n_step_returns(*arrays)
+        assert returns.dtype == jnp.float32
+        np.testing.assert_array_equal(returns, expected)
+    assert actor_loss(np.array([-1.0, -2.0]), np.array([3.0, -1.0])) == 0.5
+
+
+def test_the_dtypes_that_a_message_shows_are_those_that_were_given():
+    message = (
+        r"of one dtype, got r_t: \(2,\) float64, discount_t: \(2,\) float16, v_t: \(2,\) float64"
+    )
+    with pytest.raises(AssertionError, match=message):
+        n_step_returns(np.ones(2), np.ones(2, np.float16), np.ones(2))
+    with pytest.raises(AssertionError, match=r"must be float arrays.* entropy_tm1: \(2,\) int64"):
+        entropy_loss(np.ones(2, np.int64))

@@ -3,14 +3,15 @@
 import io
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from a3c_jax import metrics
-from a3c_jax.metrics import Counters, EpisodeLog, JsonLines, ProgressBar
-
-NO_EPISODES = (np.zeros(0, np.float32), np.zeros(0, np.int32))
+from a3c_jax.asynchrony.metrics import Counters, EpisodeLog, JsonLines, ProgressBar
+from a3c_jax.asynchrony.parameters import Snapshot, Update
+from a3c_jax.rollout import Episodes
+from a3c_jax.worker import Statistics
 
 
 @pytest.fixture
@@ -20,38 +21,43 @@ def clock(monkeypatch):
     class Clock:
         now = 1000.0
 
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: Clock.now)
     return Clock
 
 
-def record(counters, returns, lengths=None, worker=0, staleness=0, **values):
-    returns = np.asarray(returns, np.float32)
-    lengths = np.ones(len(returns), np.int32) if lengths is None else np.asarray(lengths, np.int32)
-    counters.record(worker, staleness, lambda: values, returns, lengths)
+def count(counters, returns, lengths=None, worker=0, staleness=0, **values):
+    """Counts an update in whose segment these episodes ended; the segment has some steps more."""
+    ended = np.zeros(len(returns) + 2, bool)
+    ended[1:-1] = True
+    padded = np.full(len(ended), -77.0, np.float32)
+    padded[ended] = returns
+    steps = np.full(len(ended), 88, np.int32)
+    steps[ended] = 1 if lengths is None else lengths
+    report = Statistics(values, Episodes(ended, padded, steps), np.int32(len(returns)))
+    counters.count(Update(worker, staleness, Snapshot(None, 0)), report)
 
 
 def test_totals_are_exact():
     counters = Counters(steps_per_update=40, window=10)
     for n in range(7):
-        record(counters, [1.0] * n)  # none, one, several episodes an update
-    assert counters.updates == 7
-    assert counters.environment_steps == 7 * 40
-    assert counters.episodes == 21
+        count(counters, [1.0] * n)  # none, one, several episodes an update
+    totals = counters.totals
+    assert (totals.updates, totals.environment_steps, totals.episodes) == (7, 7 * 40, 21)
 
 
 def test_the_mean_return_is_that_of_the_last_window_and_none_before_there_are_so_many():
     counters = Counters(steps_per_update=1, window=3)
-    record(counters, [10.0, 20.0])
+    count(counters, [10.0, 20.0])
     assert counters.mean_return is None
-    record(counters, [])
+    count(counters, [])
     assert counters.mean_return is None
-    record(counters, [60.0])
+    count(counters, [60.0])
     assert counters.mean_return == (10 + 20 + 60) / 3
-    record(counters, [])
+    count(counters, [])
     assert counters.mean_return == 30.0
-    record(counters, [100.0])
+    count(counters, [100.0])
     assert counters.mean_return == (20 + 60 + 100) / 3
-    record(counters, [1.0, 2.0, 3.0, 4.0, 5.0])  # more than the window at once
+    count(counters, [1.0, 2.0, 3.0, 4.0, 5.0])  # more than the window at once
     assert counters.mean_return == 4.0
 
 
@@ -59,10 +65,10 @@ def test_the_log_has_a_row_for_each_episode_in_the_order_of_the_updates(clock):
     counters = Counters(steps_per_update=20, window=2)
     counters.start_clock()
     clock.now += 1.5
-    record(counters, [3.0], lengths=[30], worker=2)
+    count(counters, [3.0], lengths=[30], worker=2)
     clock.now += 0.5
-    record(counters, [], worker=5)
-    record(counters, [7.25, -1.0], lengths=[4, 9], worker=1)
+    count(counters, [], worker=5)
+    count(counters, [7.25, -1.0], lengths=[4, 9], worker=1)
     expected = EpisodeLog(
         worker=np.array([2, 1, 1], np.int32),
         episode_return=np.array([3.0, 7.25, -1.0]),
@@ -79,7 +85,7 @@ def test_the_log_stays_as_it_was_read_and_is_empty_at_first():
     counters = Counters(steps_per_update=1, window=2)
     log = counters.log()
     assert [len(column) for column in log] == [0] * 5
-    record(counters, [1.0])
+    count(counters, [1.0])
     assert [len(column) for column in log] == [0] * 5
     assert [len(column) for column in counters.log()] == [1] * 5
 
@@ -87,11 +93,11 @@ def test_the_log_stays_as_it_was_read_and_is_empty_at_first():
 def test_new_episodes_are_each_reported_once():
     counters = Counters(steps_per_update=1, window=2)
     assert len(counters.new_episodes().worker) == 0
-    record(counters, [1.0, 2.0])
-    record(counters, [3.0])
+    count(counters, [1.0, 2.0])
+    count(counters, [3.0])
     np.testing.assert_array_equal(counters.new_episodes().episode_return, [1, 2, 3])
     assert len(counters.new_episodes().worker) == 0
-    record(counters, [4.0])
+    count(counters, [4.0])
     np.testing.assert_array_equal(counters.new_episodes().episode_return, [4])
     np.testing.assert_array_equal(counters.log().episode_return, [1, 2, 3, 4])
 
@@ -99,8 +105,8 @@ def test_new_episodes_are_each_reported_once():
 def test_a_row_holds_totals_and_rates_since_the_row_before(clock):
     counters = Counters(steps_per_update=50, window=4)
     counters.start_clock()
-    record(counters, [10.0], staleness=1)
-    record(counters, [20.0], staleness=4, loss=np.float32(0.5), entropy=np.float32(0.25))
+    count(counters, [10.0], staleness=1)
+    count(counters, [20.0], staleness=4, loss=np.float32(0.5), entropy=np.float32(0.25))
     clock.now += 2.0
     row = counters.row()
     assert row == {
@@ -118,7 +124,7 @@ def test_a_row_holds_totals_and_rates_since_the_row_before(clock):
     assert type(row["loss"]) is float
 
     clock.now += 0.5
-    record(counters, [], staleness=3, loss=np.float32(2.0))
+    count(counters, [], staleness=3, loss=np.float32(2.0))
     row = counters.row()
     assert row["seconds"] == 2.5
     assert row["environment_steps"] == 150
@@ -143,19 +149,56 @@ def test_the_clock_can_be_started_later_than_the_counters_are_made(clock):
     clock.now += 100.0
     counters.start_clock()
     clock.now += 1.0
-    record(counters, [1.0])
+    count(counters, [1.0])
     assert counters.row()["steps_per_second"] == 50.0
     np.testing.assert_array_equal(counters.log().seconds, [1.0])
 
 
-def test_rows_and_logs_can_be_taken_while_another_thread_records():
+def test_the_episodes_of_a_segment_are_looked_at_only_if_one_ended():
+    class Report:
+        num_episodes = np.int32(0)
+
+    counters = Counters(steps_per_update=5, window=2)
+    counters.count(Update(0, 2, Snapshot(None, 1)), Report())
+    assert counters.totals == (1, 5, 0, 2, 2)
+
+
+def test_counters_that_go_on_from_an_earlier_run_are_those_of_one_run(clock):
+    def first(counters):
+        counters.start_clock()
+        count(counters, [1.0, 2.0], lengths=[3, 4], worker=1, staleness=0)
+        clock.now += 2.0
+        count(counters, [4.0], staleness=5)
+
+    def second(counters):
+        clock.now += 1.0
+        count(counters, [9.0], worker=2, staleness=3)
+
+    whole, before, after = (Counters(steps_per_update=10, window=3) for _ in range(3))
+    first(whole)
+    second(whole)
+    expected = (whole.totals, whole.mean_return, whole.seconds, whole.log())
+
+    first(before)
+    clock.now += 100.0  # nobody runs
+    after.restore(2, np.array([0, 5]), before.log(), seconds=2.0)
+    assert after.mean_return == (1 + 2 + 4) / 3
+    assert len(after.new_episodes().worker) == 0, "the earlier episodes were reported already"
+    second(after)
+    assert (after.totals, after.mean_return, after.seconds) == expected[:3]
+    for column, values in zip(after.log(), expected[3], strict=True):
+        np.testing.assert_array_equal(column, values)
+    assert after.row()["steps_per_second"] == 10.0  # of this run alone
+
+
+def test_rows_and_logs_can_be_taken_while_another_thread_counts():
     counters = Counters(steps_per_update=5, window=50)
     begun, errors = threading.Event(), []
 
     def write():
         try:
             for n in range(4000):
-                record(counters, [float(n)] * 2, lengths=[n, n])
+                count(counters, [float(n)] * 2, lengths=[n, n])
                 begun.set()
         except BaseException as error:
             errors.append(error)
@@ -165,7 +208,9 @@ def test_rows_and_logs_can_be_taken_while_another_thread_records():
     assert begun.wait(30)
     seen = []
     while writer.is_alive():
-        counters.row()
+        row = counters.row()  # all of it of one moment
+        assert row["environment_steps"] == 5 * row["updates"]
+        assert row["episodes"] == 2 * row["updates"]
         seen.append(counters.new_episodes())
         log = counters.log()
         assert len({len(column) for column in log}) == 1, "columns of different lengths"
@@ -179,7 +224,7 @@ def test_rows_and_logs_can_be_taken_while_another_thread_records():
 
 def some_row(**changes):
     counters = Counters(steps_per_update=50, window=4)
-    record(counters, [10.0])
+    count(counters, [10.0])
     return counters.row() | changes
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from a3c_jax import A3CConfig
-from a3c_jax.agent import make_blueprint
+from a3c_jax.blueprint import make_blueprint
+from a3c_jax.config import A3CConfig
 from a3c_jax.distributions import Categorical
 from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import ACTIVATIONS, ActorCritic, trajectory_apply
@@ -366,3 +366,44 @@ def test_images_of_ten_by_ten_get_the_convolution_unless_told_otherwise(
     observation = jnp.zeros(blueprint.environment.observation_shape)
     params = jax.eval_shape(blueprint.init, 0, observation)
     assert expected in params["params"]["actor_trunk"]["torso"]
+
+
+# How it is made.
+
+
+def test_the_defaults_are_those_of_the_configuration():
+    """So that a network rebuilt by hand is the function that was trained."""
+    assert make_blueprint(A3CConfig()).network == ActorCritic(2)
+
+
+@pytest.mark.parametrize("ndim", [1, [1, 0]], ids=str)
+def test_lists_become_tuples_so_that_a_network_can_be_hashed_and_compiled(ndim):
+    network = ActorCritic(2, hidden_sizes=[64, 8], observation_ndim=ndim)
+    same = ActorCritic(2, (64, 8), observation_ndim=tuple(ndim) if ndim != 1 else 1)
+    assert network.hidden_sizes == (64, 8)
+    assert network == same and hash(network) == hash(same)
+    jax.jit(lambda network, x: x, static_argnums=0)(network, 0.0)
+
+
+# Observations that are trees.
+
+
+def test_the_leaves_of_a_tree_are_flattened_and_concatenated():
+    network = ActorCritic(3, (16,), observation_ndim=(2, 0, 1))
+    image, number, vector = (
+        random_normal(5, 2, 3),
+        random_normal(5, seed=1),
+        random_normal(5, 4, seed=2),
+    )
+    observation = {
+        "b": (number, vector),
+        "a": image,
+    }  # a dict's leaves come in the order of their names
+    flat = jnp.concatenate([image.reshape(5, 6), number[:, None], vector], axis=-1)
+    params = random_params(network.clone(observation_ndim=1), flat)
+    expected = network.clone(observation_ndim=1).apply(params, flat)
+    assert_close(network.apply(params, observation), expected)
+    segment = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), observation)
+    _, value = network.apply(params, segment)
+    assert value.shape == (2, 5)
+    assert_close(value[0], expected[1])

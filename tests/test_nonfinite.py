@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,16 +15,20 @@ from small_runs import (
     assert_exact_counters,
     cut_short,
     replay,
-    shared_programs,  # noqa: F401
     small,
     train,
     words,
 )
 
-from a3c_jax import CheckpointFolder, NonFiniteError, SharedParameters, WorkerError
-from a3c_jax.checkpoints import find
-from a3c_jax.parameters import make_optimizer
-from a3c_jax.worker import PackedWorkerStep
+from a3c_jax import (
+    CheckpointFolder,
+    NonFiniteError,
+    SharedParameters,
+    WorkerError,
+    find_checkpoint,
+)
+from a3c_jax.asynchrony.trees import name_leaves
+from a3c_jax.optimizers import make_optimizer
 
 BAD = [np.nan, np.inf, -np.inf]
 FIRST_BAD_STEP = 42
@@ -62,11 +67,11 @@ def with_one(bad, where):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_gradient_that_is_not_finite_is_refused_and_leaves_no_trace(optimizer, bad, where):
     store = make_store(optimizer)
-    before, opt_state = store.pull(), words(store.opt_state)
+    before, optimizer_state = store.pull(), words(store.optimizer_state)
     with pytest.raises(NonFiniteError, match="the update of version 3 by worker 1 has a NaN or an"):
         store.apply(with_one(bad, where), 3, 1)
     assert store.pull() is before
-    assert words(store.opt_state) == opt_state
+    assert words(store.optimizer_state) == optimizer_state
     assert len(store.schedule.worker) == 3
     store.apply(with_one(1.0, where), 3, 1)
     assert store.pull().version == 4
@@ -76,14 +81,14 @@ def test_a_gradient_that_is_not_finite_is_refused_and_leaves_no_trace(optimizer,
 @pytest.mark.parametrize("bad", BAD)
 def test_to_skip_counts_it_and_leaves_parameters_and_optimizer_bit_for_bit(optimizer, bad):
     store, untouched = (make_store(optimizer, skip_nonfinite=True) for _ in range(2))
-    commits = []
-    staleness = store.apply(with_one(bad, "w"), 2, 1, lambda *c: commits.append(c))
-    ((snapshot, committed),) = commits
-    assert staleness == committed == 1
-    assert snapshot.version == store.pull().version == 4
+    with store.applying(with_one(bad, "w"), 2, 1) as update:
+        assert store.pull().version == 3
+    assert (update.worker, update.staleness) == (1, 1)
+    assert update.snapshot.version == store.pull().version == 4
+    snapshot = update.snapshot
     assert words(snapshot.params) == words(untouched.pull().params)
-    assert words(store.opt_state) == words(untouched.opt_state)
-    state, _ = store.cut(lambda: None)
+    assert words(store.optimizer_state) == words(untouched.optimizer_state)
+    state, _ = store.freeze(lambda: None)
     assert state.skipped == 1
     assert state.schedule.worker.tolist() == [0, 1, 0, 1]
     assert state.schedule.pulled_version.tolist() == [0, 1, 2, 2]
@@ -91,8 +96,8 @@ def test_to_skip_counts_it_and_leaves_parameters_and_optimizer_bit_for_bit(optim
     store.apply(with_one(2.0, "w"), 4, 0)
     untouched.apply(with_one(2.0, "w"), 3, 0)
     assert words(store.pull().params) == words(untouched.pull().params)
-    assert words(store.opt_state) == words(untouched.opt_state)
-    assert store.cut(lambda: None)[0].skipped == 1
+    assert words(store.optimizer_state) == words(untouched.optimizer_state)
+    assert store.freeze(lambda: None)[0].skipped == 1
 
 
 def test_an_update_that_overflows_by_itself_is_refused():
@@ -106,10 +111,10 @@ def test_an_update_that_overflows_by_itself_is_refused():
 def test_statistics_that_overflow_are_refused_though_the_parameters_would_be_finite(optimizer):
     # The square of 1e30 is an infinity, and what is divided by it is zero.
     store = make_store(optimizer, rule={"max_gradient_norm": None})
-    opt_state = words(store.opt_state)
+    optimizer_state = words(store.optimizer_state)
     with pytest.raises(NonFiniteError):
         store.apply({"w": jnp.full(4, 1e30), "b": jnp.zeros(())}, 3)
-    assert words(store.opt_state) == opt_state
+    assert words(store.optimizer_state) == optimizer_state
 
 
 def test_large_and_tiny_numbers_that_are_finite_pass():
@@ -145,8 +150,8 @@ def test_a_run_stops_at_what_is_not_finite_and_names_worker_update_and_losses(tm
     assert (result.version, result.stop_reason) == (FIRST_BAD_UPDATE, "failed")
     good = replay(config, result.schedule, Walk(bad, bad_from=10**6, where=where))
     assert words(result.params) == words(good.params)
-    checkpoint = find(tmp_path)
-    assert words(checkpoint.params) == words(PackedWorkerStep.flatten(good.params))
+    checkpoint = find_checkpoint(tmp_path)
+    chex.assert_trees_all_equal(checkpoint.params, name_leaves(good.params))
     assert is_finite((checkpoint.params, checkpoint.best_params, result.opt_state))
     assert_exact_counters(checkpoint)
 
@@ -202,10 +207,10 @@ def test_a_run_that_skips_counts_what_is_not_finite_and_learns_from_the_rest(
     result = train(config, environment, checkpoints=CheckpointFolder(tmp_path))
     expected = bad_updates(result.schedule, FIRST_BAD_STEP, 10)
     assert len(expected) >= 3
-    assert result.skipped == find(tmp_path).skipped == len(expected)
+    assert result.skipped == find_checkpoint(tmp_path).skipped == len(expected)
     assert result.version == 200
     assert is_finite((result.params, result.best_params, result.opt_state))
-    assert_exact_counters(find(tmp_path))
+    assert_exact_counters(find_checkpoint(tmp_path))
 
     snapshots = []
     again = replay(

@@ -1,7 +1,11 @@
 """Environments of one's own: any object with gymnax's interface, wrappers, names, parameters in names."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
+import corridor
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -10,14 +14,58 @@ import pytest
 from gymnax.environments import spaces
 from gymnax.environments.classic_control.cartpole import CartPole
 
-from a3c_jax import A3CConfig, environments, make, train
-from a3c_jax.agent import make_agent
+from a3c_jax import (
+    A3CConfig,
+    build,
+    environments,
+    evaluate,
+    greedy_policy,
+    make,
+    sampled_policy,
+    train,
+)
+from a3c_jax.blueprint import make_blueprint
 
 TINY = {"num_workers": 2, "envs_per_worker": 2, "t_max": 5, "hidden_sizes": (8,)}
 
 
-class Corridor:
-    """Walk right along ten cells; every step costs 0.1."""
+def test_the_corridor_is_walked_in_the_fewest_steps_on_ten_of_ten_seeds():
+    program = build(A3CConfig(max_steps=50_000, entropy_cost=0.05), environment=corridor.Corridor())
+    for seed in range(10):
+        result = train(program.replace(seed=seed))
+        policy = greedy_policy(result.network)
+        _, lengths = evaluate(policy, result.params, result.environment, result.evaluation_key, 20)
+        assert lengths.mean() == 10, f"seed {seed}"
+        # No episode is longer than the limit, or shorter than the corridor.
+        assert result.episodes.length.min() >= 10 and result.episodes.length.max() <= 100
+
+
+def test_its_registered_name_works_in_another_process_and_takes_parameters():
+    """As a script does: `module:id` imports the module, which registers the id."""
+    code = (
+        "from a3c_jax.environments import make;"
+        "environment = make('corridor:Corridor?max_steps_in_episode=50');"
+        "print(environment, environment.params.max_steps_in_episode)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "GymnaxEnvironment('corridor:Corridor?max_steps_in_episode=50') 50\n"
+
+
+def test_a_module_that_cannot_be_imported_is_named_with_a_remedy():
+    with pytest.raises(
+        ValueError, match=r"'nowhere:Corridor' names the module 'nowhere', .*; start"
+    ):
+        make("nowhere:Corridor")
+    with pytest.raises(ValueError, match=r"got 'corridor:Corridr'; did you mean .*Corridor"):
+        make("corridor:Corridr")
+
+
+class Plain:
+    """gymnax's interface without its base class, and without parameters."""
 
     def reset(self, key, params=None):
         return jnp.zeros(1), jnp.int32(0)
@@ -37,18 +85,51 @@ class Corridor:
         return spaces.Discrete(2)
 
 
-def test_an_object_with_reset_and_the_six_value_step_is_learnt():
-    config = A3CConfig(**TINY | {"envs_per_worker": 8}, max_steps=30_000)
-    result = train(config, environment=Corridor())
-    assert result.environment.name == "Corridor"
-    assert result.episodes.length[-100:].mean() < 12
+def test_an_object_with_reset_and_the_six_value_step_is_played_as_it_is():
+    config = A3CConfig(**TINY | {"envs_per_worker": 8}, max_steps=5_000)
+    result = train(config, environment=Plain())
+    assert result.environment.name == "Plain"
     lengths, returns = result.episodes.length, result.episodes.episode_return
     np.testing.assert_allclose(returns, -0.1 * lengths, rtol=1e-4)
-    assert lengths.min() == 10
+    assert lengths.min() >= 10
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+@pytest.mark.parametrize("core", [None, "gru"])
+def test_spaces_of_several_parts_are_learnt_from_end_to_end(kind, core):
+    class Parts(Plain):
+        def _show(self, x):
+            category = jnp.int32(10 * x[0])
+            return {"x": x, "at": category} if kind == "dict" else (x, category)
+
+        def reset(self, key, params=None):
+            observation, state = Plain().reset(key)
+            return self._show(observation), state
+
+        def step(self, key, state, action, params=None):
+            observation, *rest, info = Plain().step(key, state, action)
+            info = {"final_observation": self._show(info["final_observation"])}
+            return self._show(observation), *rest, info
+
+        def observation_space(self, params=None):
+            box, category = spaces.Box(0.0, 1.0, (1,)), spaces.Discrete(11)
+            if kind == "dict":
+                return spaces.Dict({"x": box, "at": category})
+            return spaces.Tuple((box, category))
+
+    config = A3CConfig(**TINY, max_steps=200, core=core, core_size=4, normalize_observations=True)
+    result = train(config, environment=Parts())
+    shape = {"x": (1,), "at": (11,)} if kind == "dict" else ((1,), (11,))
+    assert result.environment.observation_shape == shape
+    kernel = result.params["params"]["actor_trunk"]["torso"]["Dense_0"]["kernel"]
+    assert kernel.shape == (12, 8)
+    policy = sampled_policy(result.network)
+    _, lengths = evaluate(policy, result.params, result.environment, result.evaluation_key, 2)
+    assert (lengths >= 10).all()
 
 
 def test_what_it_shows_before_the_reset_must_be_told():
-    class Forgets(Corridor):
+    class Forgets(Plain):
         def step(self, key, state, action, params=None):
             return *super().step(key, state, action)[:5], {"discount": 1.0}
 
@@ -67,7 +148,17 @@ def test_what_is_no_environment_is_refused_with_what_it_lacks():
         r"must have gymnax's interface, got Half without step, observation_space, action_space"
     )
     with pytest.raises(TypeError, match=message):
-        make_agent(A3CConfig(**TINY), environment=Half())
+        make_blueprint(A3CConfig(**TINY), environment=Half())
+
+
+def test_an_environment_of_gymnasium_is_refused_in_one_sentence():
+    gymnasium = pytest.importorskip("gymnasium")
+    message = (
+        r"must be written in JAX and have gymnax's interface, got .*, whose observation_space is no "
+        r"method, as in Gymnasium's environments; use"
+    )
+    with pytest.raises(TypeError, match=message):
+        make_blueprint(A3CConfig(), environment=gymnasium.make("CartPole-v1"))
 
 
 class Doubled(CartPole):
@@ -108,8 +199,8 @@ def test_gymnax_registers_names(monkeypatch):
     try:
         gymnax.register("Doubled-v0", Doubled)
         assert isinstance(make("Doubled-v0").gymnax, Doubled)
-        agent = make_agent(A3CConfig(environment="Doubled-v0", **TINY))
-        assert agent.environment.name == "Doubled-v0"
+        blueprint = make_blueprint(A3CConfig(environment="Doubled-v0", **TINY))
+        assert blueprint.environment.name == "Doubled-v0"
     finally:
         gymnax.registered_envs[:] = names
 
@@ -140,18 +231,16 @@ def test_a_wrong_parameter_is_answered_with_a_remedy(name, message):
         make(name)
 
 
-@pytest.mark.parametrize("which", ["observation", "action"])
-def test_spaces_of_several_parts_are_refused_with_a_remedy(which):
-    class Nested(Corridor):
-        pass
+def test_actions_of_several_parts_are_refused_with_a_remedy():
+    class Nested(Plain):
+        def action_space(self, params=None):
+            return spaces.Tuple((spaces.Discrete(2), spaces.Discrete(2)))
 
-    parts = spaces.Tuple((spaces.Discrete(2), spaces.Discrete(2)))
-    setattr(Nested, f"{which}_space", lambda self, params=None: parts)
-    with pytest.raises(ValueError, match=rf"'Nested' has the {which} space .*; flatten them"):
-        make_agent(A3CConfig(**TINY), environment=Nested())
+    with pytest.raises(ValueError, match=r"'Nested' has the action space .*; flatten them"):
+        make_blueprint(A3CConfig(**TINY), environment=Nested())
 
 
 def test_the_configuration_may_name_what_an_object_replaces():
-    config = A3CConfig(**TINY, environment="Corridor", max_steps=10)
-    assert train(config, environment=Corridor()).version == 1
-    assert dataclasses.asdict(config)["environment"] == "Corridor"
+    config = A3CConfig(**TINY, environment="Plain", max_steps=10)
+    assert train(config, environment=Plain()).version == 1
+    assert dataclasses.asdict(config)["environment"] == "Plain"

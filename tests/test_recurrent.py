@@ -6,17 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from initial import initialize
 from probes import Probe
-from small_runs import assert_equal_runs, cut_short, replay, shared_programs, small, train
+from small_runs import assert_equal_runs, cut_short, replay, small, train
 
-from a3c_jax import evaluate, greedy_policy, rollout
-from a3c_jax.agent import make_agent
-from a3c_jax.checkpoints import CheckpointFolder, find
+from a3c_jax import CheckpointFolder, evaluate, find_checkpoint, greedy_policy, rollout
+from a3c_jax.cells import GRUCell, LSTMCell
 from a3c_jax.distributions import Categorical
 from a3c_jax.losses import a3c_loss
-from a3c_jax.networks import ActorCritic, model, trajectory_apply
-
-__all__ = ["shared_programs"]
+from a3c_jax.networks import ActorCritic, network_functions, trajectory_apply
 
 T, N = 7, 3
 NETWORKS = [
@@ -128,7 +126,7 @@ def test_the_gradient_of_a_segment_is_that_of_back_propagation_through_time_by_h
 @pytest.mark.parametrize("settings", NETWORKS)
 def test_stepping_and_unrolling_remember_the_same(settings):
     network = make_network(**settings)
-    functions, trajectory = model(network), random_trajectory(network, 1)
+    functions, trajectory = network_functions(network), random_trajectory(network, 1)
     params = network.init(jax.random.key(0), trajectory.observation_tm1[0])
     starts = jnp.asarray(np.random.default_rng(2).random((T, N)) < 0.3)
     distribution, v, carries = functions.unroll(
@@ -144,6 +142,41 @@ def test_stepping_and_unrolling_remember_the_same(settings):
         now, carry = functions.act(params, observation, carry)
         chex.assert_trees_all_close(now.logits, distribution.logits[t], atol=1e-6)
         chex.assert_trees_all_close(carry, jax.tree.map(lambda x, t=t: x[t], carries), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("own", "flax"),
+    [(LSTMCell, nn.OptimizedLSTMCell), (GRUCell, nn.GRUCell)],
+    ids=["lstm", "gru"],
+)
+def test_the_cells_compute_what_flax_s_compute_from_the_same_parameters(own, flax):
+    x, h = jax.random.normal(jax.random.key(1), (2, N, 4))
+    carry = (h, 0.5 * h) if own is LSTMCell else h
+    first = own(4, forget_bias=0.0).init(jax.random.key(0), carry, x)
+    expected = flax(4).init(jax.random.key(0), carry, x)
+    chex.assert_trees_all_equal(first, expected)  # names, shapes and initial bits
+    params = jax.tree.map(
+        lambda p: p + 0.3 * jax.random.normal(jax.random.key(p.size), p.shape), first
+    )
+    got, output = own(4).apply(params, carry, x)
+    chex.assert_trees_all_close(
+        (got, output), flax(4).apply(params, carry, x), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("cell", "gate"), [(LSTMCell, "hf"), (GRUCell, "iz")], ids=["lstm", "gru"])
+def test_the_forget_bias_is_the_initial_bias_of_one_gate_and_changes_no_other_parameter(cell, gate):
+    x = jnp.ones((N, 4))
+    carry = (x, x) if cell is LSTMCell else x
+    zero, two = (cell(4, bias).init(jax.random.key(0), carry, x)["params"] for bias in (0.0, 2.0))
+    np.testing.assert_array_equal(two[gate]["bias"], 2.0)
+    two[gate]["bias"] = zero[gate]["bias"]
+    chex.assert_trees_all_equal(two, zero)
+
+
+def test_only_a_network_with_a_core_is_recurrent():
+    assert ActorCritic(3, core="gru").is_recurrent
+    assert not ActorCritic(3).is_recurrent
 
 
 def recalls(sign, action, last):
@@ -201,14 +234,13 @@ def test_memory_learns_what_no_policy_without_it_can():
 
 def test_the_carry_goes_on_from_segment_to_segment_and_is_fresh_where_an_episode_ended():
     config = small(core="lstm", core_size=4, t_max=3, envs_per_worker=4)
-    agent = make_agent(config, environment=Recall(5, recalls))
-    step = jax.jit(agent.worker_step)
-    state = agent.states[0]
+    blueprint, params, (state, *_) = initialize(config, environment=Recall(5, recalls))
+    step = jax.jit(blueprint.worker_step)
     chex.assert_trees_all_equal(
-        state.carry, model(agent.network).initialize_carry(config.envs_per_worker)
+        state.carry, network_functions(blueprint.network).initialize_carry(config.envs_per_worker)
     )
     for segment in range(1, 6):
-        _, state, _ = step(agent.params, state)
+        _, state, _ = step(params, state)
         at_a_start = 3 * segment % 5 == 0
         for leaf in jax.tree.leaves(state.carry):
             assert (not np.asarray(leaf).any()) == at_a_start
@@ -223,4 +255,4 @@ def test_a_run_with_memory_resumes_and_replays_bit_for_bit(tmp_path, core):
     several = small(core=core, core_size=4, num_workers=3, max_steps=400)
     result = train(several, checkpoints=CheckpointFolder(tmp_path / "several"))
     assert_equal_runs(replay(several, result.schedule), result)
-    assert find(tmp_path / "several").version == result.version
+    assert find_checkpoint(tmp_path / "several").version == result.version

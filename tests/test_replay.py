@@ -1,20 +1,23 @@
 """Replay: one thread does again what any number of workers did, bit for bit, and says where it cannot."""
 
+import dataclasses
 import json
 import re
-import sys
 import threading
 
+import jax
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from small_runs import (
     OPTIMIZERS,
     WALK,
     Walk,
     assert_equal_runs,
     cut_short,
+    fail_after,
+    program,
     replay,
-    shared_programs,  # noqa: F401
     small,
     train,
     train_together,
@@ -22,11 +25,10 @@ from small_runs import (
 )
 
 import a3c_jax
-from a3c_jax import CheckpointFolder, Schedule, WorkerError, environments, training
-from a3c_jax.checkpoints import find, save
-from a3c_jax.worker import PackedWorkerStep
+from a3c_jax import CheckpointFolder, Schedule, WorkerError, _compiled, find_checkpoint
+from a3c_jax.asynchrony.checkpoint_files import save_checkpoint
 from experiments import replay as command
-from experiments import runner
+from experiments.run_folder import train_in_folder
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 5, 16])
@@ -43,7 +45,7 @@ def test_a_replay_is_the_run_bit_for_bit(optimizer, num_workers):
 def test_a_replay_of_cartpole_with_many_environments_is_the_run_bit_for_bit():
     config = small(num_workers=3, envs_per_worker=8, t_max=5, max_steps=8_000)
     result = train_together(config)
-    assert_equal_runs(a3c_jax.replay(config, result.schedule), result)
+    assert_equal_runs(replay(config, result.schedule, None), result)
 
 
 def test_it_is_the_schedule_that_does_it():
@@ -70,17 +72,17 @@ def test_a_schedule_with_a_delay_is_what_one_gets_by_hand():
     # Two workers and a delay of one, with the store and the step driven here.
     config = small(num_workers=2, optimizer="momentum")
     schedule = Schedule(np.array([0, 1, 1, 0, 1], np.int32), np.array([0, 0, 1, 2, 4]))
-    start = a3c_jax.agent.make_agent(config, environment=WALK)
-    step = PackedWorkerStep(start.worker_step, start.params, start.states[0])
-    states = [step.pack_state(state) for state in start.states]
-    store = a3c_jax.SharedParameters(step.flatten(start.params), start.optimizer, 2)
+    built = program(config, WALK)
+    states = built.initial_states()
+    store = a3c_jax.SharedParameters(built.initial_params(), built.updater, 2)
     versions = [store.pull().params]
     for worker, pulled in zip(*schedule, strict=True):
-        gradients, states[worker], _ = step(versions[pulled], states[worker])
+        gradients, states[worker], _ = built.step(versions[pulled], states[worker])
         store.apply(gradients, int(pulled), int(worker))
         versions.append(store.pull().params)
     result = replay(config, schedule)
-    assert words(PackedWorkerStep.flatten(result.params)) == words(versions[-1])
+    assert words(result.params) == words(_compiled.unpack(versions[-1]))
+    assert words(result.opt_state) == words(store.optimizer_state)
 
 
 @pytest.mark.parametrize("num_workers", [1, 4])
@@ -106,7 +108,7 @@ def test_a_run_that_went_on_under_another_budget_replays_with_its_best_too(
     for attempt in range(20):  # threads are not two times the same: one may end at its best
         folder = tmp_path / str(attempt)
         first = train(config, checkpoints=CheckpointFolder(folder))
-        checkpoint = find(folder)
+        checkpoint = find_checkpoint(folder)
         if checkpoint.mean_return < first.best_mean_return:
             break
     assert checkpoint.mean_return < first.best_mean_return
@@ -120,25 +122,40 @@ def test_a_run_that_went_on_under_another_budget_replays_with_its_best_too(
     assert_equal_runs(replay(later, result.schedule), result)
 
 
-def test_what_others_were_playing_when_a_run_ended_counts_for_the_best_as_in_the_replay(
-    tmp_path, monkeypatch
-):
-    # Workers report once more after the update that ends a run. Here it is one worker, and many times.
-    class Late(training.WorkerThreads):
-        def stop(self):
-            pass
+def all_apply_together(built):
+    """The program with workers that end their first segments at the same time."""
+    together, done = threading.Barrier(built.config.num_workers), threading.local()
 
-    budget = {"max_steps": 4_000, "solved_window": 2}
-    monkeypatch.setattr(training, "WorkerThreads", Late)
-    train(small(max_episodes=10, **budget), checkpoints=CheckpointFolder(tmp_path))
-    monkeypatch.undo()
-    checkpoint = find(tmp_path)
-    assert checkpoint.version == 500
-    returns = checkpoint.episodes.episode_return
-    assert (returns[1:] + returns[:-1]).argmax() > 20  # the best is yet to come at the tenth
-    later = small(**budget | {"max_steps": 4_400})
-    result = train(later, resume=checkpoint)
+    def step(params, state):
+        played = built.step(params, state)
+        if not hasattr(done, "first"):
+            done.first = True
+            together.wait(60)
+        return played
+
+    return dataclasses.replace(built, step=step, max_concurrent_calls=lambda *_: None)
+
+
+def test_what_others_were_playing_when_a_run_ended_counts_for_the_best_as_in_the_replay(tmp_path):
+    # One of the first segments ends the run, and the others are applied after it.
+    budget = {"num_workers": 8, "solved_window": 1, "max_steps": None}
+    for seed in range(30):  # until the best comes after the end
+        folder = tmp_path / str(seed)
+        built = program(small(seed=seed, max_episodes=1, **budget), WALK)
+        result = a3c_jax.train(all_apply_together(built), checkpoints=CheckpointFolder(folder))
+        steps, returns = result.episodes.environment_steps, result.episodes.episode_return
+        if result.best_mean_return > returns[steps == steps[0]].max():
+            break
+    else:
+        pytest.fail("the best never comes after the end")
+    assert result.stop_reason == "max_episodes"
+    later = small(seed=seed, max_episodes=200, **budget)
     assert_equal_runs(replay(later, result.schedule), result)
+    checkpoint = find_checkpoint(folder)
+    assert checkpoint.best_mean_return == result.best_mean_return
+    went_on = train(later, resume=checkpoint)
+    assert went_on.version > result.version
+    assert_equal_runs(replay(later, went_on.schedule), went_on)
 
 
 @pytest.mark.parametrize("where", ["reward", "observation"])
@@ -180,12 +197,13 @@ def test_on_update_sees_each_update_the_parameters_it_led_to_its_gradients_and_m
 
     def on_update(k, snapshot, gradients, metrics):
         assert snapshot.version == k + 1
-        flat = [PackedWorkerStep.flatten(tree) for tree in (snapshot.params, gradients)]
-        seen.append((k, *map(np.asarray, flat), metrics))
+        assert jax.tree.structure(gradients) == jax.tree.structure(snapshot.params)
+        flat = [np.asarray(ravel_pytree(tree)[0]) for tree in (snapshot.params, gradients)]
+        seen.append((k, *flat, metrics))
 
     again = replay(config, result.schedule, on_update=on_update)
     assert [k for k, *_ in seen] == list(range(50))
-    assert words(PackedWorkerStep.flatten(again.params)) == words(seen[-1][1])
+    assert words(ravel_pytree(again.params)[0]) == words(seen[-1][1])
     for (_, before, _, _), (_, after, gradient, metrics) in zip(seen, seen[1:], strict=False):
         # Plain gradient descent, so that each update shows its gradients.
         np.testing.assert_allclose(
@@ -254,8 +272,11 @@ def test_a_run_that_failed_replays_to_the_very_update_that_did(num_workers):
             on_update=lambda k, snapshot, *_: updates.append(snapshot),
         )
     assert (again.value.worker, again.value.pulled_version) == (error.worker, error.pulled_version)
-    for ours, theirs in zip(again.value.record, error.record, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    ours, theirs = (_compiled.unpack(e.report) for e in (again.value, error))
+    assert words(ours) == words(theirs)
+    assert re.sub("version [0-9]+", "", str(again.value)) == re.sub(
+        "version [0-9]+", "", str(error)
+    )
     assert len(updates) == result.version
     assert words(updates[-1].params) == words(result.params)
 
@@ -264,15 +285,12 @@ def test_a_run_that_failed_replays_to_the_very_update_that_did(num_workers):
 
 
 @pytest.fixture
-def run_replay(monkeypatch, capsys):
+def run_replay(capsys):
     """`python -m experiments.replay ...` in this process: its exit code and what it prints."""
 
-    def run(*arguments, environment=None):
-        monkeypatch.setattr(sys, "argv", ["replay", *map(str, arguments)])
-        if environment is not None:
-            monkeypatch.setattr(environments, "make", lambda name, **_: environment)
+    def run(*arguments, **objects):
         try:
-            command.main()
+            command.main([*map(str, arguments)], **objects)
             code = 0
         except SystemExit as error:
             code = error.code
@@ -286,48 +304,45 @@ def run_replay(monkeypatch, capsys):
 def cartpole_run(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
     config = small(num_workers=3, max_steps=2_000)
-    a3c_jax.train(config, checkpoints=CheckpointFolder(path / "checkpoints"))
+    train_together(config, checkpoints=CheckpointFolder(path / "checkpoints"))
     return path
 
 
 def altered(folder, path, change):
     """A copy of a run's last checkpoint, changed and checksummed again."""
-    save(path, change(find(folder)))
+    save_checkpoint(path, change(find_checkpoint(folder)))
     return path
 
 
 def test_the_command_says_identical(run_replay, cartpole_run):
     code, output = run_replay(cartpole_run)
     assert code == 0
-    count = len(find(cartpole_run).episodes.length)
+    count = len(find_checkpoint(cartpole_run).episodes.length)
     assert re.search(rf"identical: .*all {count} episodes of 250 updates by 3 workers", output)
-    checkpoint = sorted((cartpole_run / "checkpoints").iterdir())[-1]
-    assert run_replay(checkpoint)[0] == 0
+    assert "note:" not in output
 
 
-def nudge(checkpoint, name, index):
-    """One bit of one number."""
-    values = getattr(checkpoint, name).copy()
-    values.view(np.uint32)[index] ^= 1
-    return checkpoint._replace(**{name: values})
-
-
-@pytest.mark.parametrize(
-    ("name", "index", "message"),
-    [
-        ("params", 5, "the parameters, at word 5: "),
-        ("params", -1, "the parameters, at word "),
-        ("best_params", 0, "the best parameters, at word 0: "),
-        ("opt_state", 7, "the optimizer's state, at word 7: "),
-    ],
-)
-def test_the_command_shows_the_first_word_that_differs(
-    run_replay, cartpole_run, tmp_path, name, index, message
+def test_the_command_reads_a_checkpoint_file_and_notes_other_libraries(
+    run_replay, cartpole_run, tmp_path
 ):
-    path = altered(cartpole_run, tmp_path / "a.checkpoint", lambda c: nudge(c, name, index))
+    path = altered(
+        cartpole_run,
+        tmp_path / "a.checkpoint",
+        lambda c: c._replace(versions=c.versions | {"jax": "0.0.1"}),
+    )
     code, output = run_replay(path)
-    assert code == 1
-    assert f"different: {message}" in output
+    assert code == 0
+    assert "note: the run was made by" in output
+    assert "'jax': '0.0.1'" in output
+    assert "identical:" in output
+
+
+def nudge(checkpoint, field, name, index):
+    """One bit of one number."""
+    arrays = dict(getattr(checkpoint, field))
+    arrays[name] = arrays[name].copy()
+    arrays[name].view(np.uint32).flat[index] ^= 1
+    return checkpoint._replace(**{field: arrays})
 
 
 def change_an_episode(checkpoint, name, index, value):
@@ -336,36 +351,12 @@ def change_an_episode(checkpoint, name, index, value):
     return checkpoint._replace(episodes=checkpoint.episodes._replace(**{name: column}))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("episode_return", 7.5), ("length", 1234), ("worker", 99)]
-)
-def test_the_command_shows_the_first_episode_that_differs(
-    run_replay, cartpole_run, tmp_path, name, value
-):
-    episodes = find(cartpole_run).episodes
-    update = episodes.environment_steps[4] // 8 - 1
-    path = altered(
-        cartpole_run, tmp_path / "a.checkpoint", lambda c: change_an_episode(c, name, 4, value)
-    )
+def test_the_command_shows_what_differs(run_replay, cartpole_run, tmp_path):
+    name = "params/value_head/bias"
+    path = altered(cartpole_run, tmp_path / "a.checkpoint", lambda c: nudge(c, "params", name, 0))
     code, output = run_replay(path)
     assert code == 1
-    there = getattr(episodes, name)[4]
-    expected = (
-        f"episode 4, reported by update {update}, has {name} {value} in the run and {there} in the"
-    )
-    assert f"different: {expected} replay" in output
-
-
-def test_the_command_shows_an_episode_that_is_missing(run_replay, cartpole_run, tmp_path):
-    def drop_the_last(checkpoint):
-        return checkpoint._replace(
-            episodes=checkpoint.episodes._make(c[:-1] for c in checkpoint.episodes)
-        )
-
-    count = len(find(cartpole_run).episodes.length)
-    code, output = run_replay(altered(cartpole_run, tmp_path / "a.checkpoint", drop_the_last))
-    assert code == 1
-    assert f"different: {count - 1} episodes in the run, {count} in the replay" in output
+    assert f"different: the parameters {name}, at element 0: " in output
 
 
 def test_the_command_shows_an_update_made_from_what_was_not_there(
@@ -381,10 +372,65 @@ def test_the_command_shows_an_update_made_from_what_was_not_there(
     assert (code, output.split()[0]) == (1, "different:")
 
 
+@pytest.fixture(scope="module")
+def replayed(cartpole_run):
+    """The run's checkpoint, and its replay."""
+    checkpoint = find_checkpoint(cartpole_run)
+    return checkpoint, replay(checkpoint.config, checkpoint.schedule, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "index", "message"),
+    [
+        ("params", "params/value_head/kernel", 5, "the parameters params/value_head/kernel, at element 5: "),
+        ("params", "params/policy_head/bias", -1, "the parameters params/policy_head/bias, at element 1: "),
+        ("best_params", "params/value_head/bias", 0, "the best parameters params/value_head/bias, at element 0: "),
+        ("optimizer_state", "state/1/count", 0, "the optimizer's state state/1/count, at element 0: "),
+    ],
+)  # fmt: skip
+def test_the_first_number_that_differs_is_named(replayed, field, name, index, message):
+    checkpoint, result = replayed
+    difference = command.first_difference(nudge(checkpoint, field, name, index), result)
+    assert difference.startswith(message)
+
+
+def test_a_single_bit_of_any_number_is_found(replayed):
+    checkpoint, result = replayed
+    assert command.first_difference(checkpoint, result) is None
+    for field in ("params", "best_params", "optimizer_state"):
+        for name, array in getattr(checkpoint, field).items():
+            if array.dtype.itemsize == 4:
+                changed = nudge(checkpoint, field, name, array.size // 2)
+                assert name in command.first_difference(changed, result)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("episode_return", 7.5), ("length", 1234), ("worker", 99)]
+)
+def test_the_first_episode_that_differs_is_named(replayed, name, value):
+    checkpoint, result = replayed
+    update = checkpoint.episodes.environment_steps[4] // 8 - 1
+    there = getattr(checkpoint.episodes, name)[4]
+    changed = change_an_episode(checkpoint, name, 4, value)
+    assert command.first_difference(changed, result) == (
+        f"episode 4, reported by update {update}, has {name} {value} in the run and {there} in the "
+        "replay"
+    )
+
+
+def test_an_episode_that_is_missing_is_named(replayed):
+    checkpoint, result = replayed
+    count = len(checkpoint.episodes.length)
+    shorter = checkpoint.episodes._make(c[:-1] for c in checkpoint.episodes)
+    assert command.first_difference(checkpoint._replace(episodes=shorter), result) == (
+        f"{count - 1} episodes in the run, {count} in the replay"
+    )
+
+
 @pytest.mark.parametrize("until", [1, 100])
 def test_the_command_shows_one_update(run_replay, cartpole_run, until):
     code, output = run_replay(cartpole_run, "--until", until)
-    worker = find(cartpole_run).schedule.worker[until - 1]
+    worker = find_checkpoint(cartpole_run).schedule.worker[until - 1]
     assert code == 0
     assert f"update {until - 1}, by worker {worker}:" in output
     assert "gradient_norm" in output
@@ -399,18 +445,6 @@ def test_the_command_refuses_to_show_an_update_that_there_cannot_be(
     assert "until" in output
 
 
-def test_the_command_notes_other_libraries(run_replay, cartpole_run, tmp_path):
-    path = altered(
-        cartpole_run,
-        tmp_path / "a.checkpoint",
-        lambda c: c._replace(versions=c.versions | {"jax": "0.0.1"}),
-    )
-    code, output = run_replay(path)
-    assert code == 0
-    assert "note: the run was made by" in output
-    assert "'jax': '0.0.1'" in output
-
-
 def test_the_command_ends_with_a_reason_where_there_is_no_run(run_replay, tmp_path):
     code, output = run_replay(tmp_path)
     assert code == 2
@@ -419,61 +453,46 @@ def test_the_command_ends_with_a_reason_where_there_is_no_run(run_replay, tmp_pa
 
 def test_the_command_finds_returns_that_are_no_numbers_equal(run_replay, tmp_path):
     environment = Walk(np.nan, bad_from=30, bad_count=20)
-    config = small(environment="Walk-skips", nonfinite="skip", num_workers=2)
-    train(config, environment, checkpoints=CheckpointFolder(tmp_path))
+    config = small(nonfinite="skip", num_workers=2)
+    result = train(config, environment, checkpoints=CheckpointFolder(tmp_path))
+    assert np.isnan(result.episodes.episode_return).any()
     code, output = run_replay(tmp_path, environment=environment)
     assert (code, output[:10]) == (0, "identical:"), output
+
+
+def failed_run(folder, built):
+    """The run folder of a run that fails, and its failure."""
+    folder.mkdir()
+    with pytest.raises(SystemExit) as caught:
+        train_in_folder(built, folder, CheckpointFolder(folder / "checkpoints"), progress=False)
+    assert caught.value.code == 1
+    return json.loads((folder / "failure.json").read_text())
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_the_command_goes_on_to_the_update_that_failed(run_replay, tmp_path, num_workers):
     environment = Walk(np.nan, bad_from=60)
-    config = small(environment=f"Walk-fails-{num_workers}", num_workers=num_workers)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(environments, "make", lambda name, **_: environment)
-        with pytest.raises(SystemExit) as caught:
-            runner.main(
-                "walk",
-                "",
-                {"walk": config},
-                arguments=["--run-dir", str(tmp_path / "run"), "--no-progress"],
-            )
-    assert caught.value.code == 1
-    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    config = small(num_workers=num_workers, max_steps=4_000)
+    failure = failed_run(tmp_path / "run", program(config, environment))
     code, output = run_replay(tmp_path / "run", environment=environment)
     assert code == 0
-    updates = find(tmp_path / "run").version
+    updates = find_checkpoint(tmp_path / "run").version
     assert failure["update"] == updates
     assert f"update {updates:,} fails as it did in the run: worker {failure['worker']} failed" in (
         output
     )
     # Every environment goes bad at its sixtieth step, in the worker's fifteenth segment.
-    own = find(tmp_path / "run").schedule.worker == failure["worker"]
+    own = find_checkpoint(tmp_path / "run").schedule.worker == failure["worker"]
     assert own.sum() == 14
 
 
 def test_the_command_finds_a_run_that_failed_for_another_reason_identical_up_to_there(
-    run_replay, tmp_path, monkeypatch
+    run_replay, tmp_path
 ):
     # What failed was not the computation: the segment that was lost is good when it is played again.
-    step, played = PackedWorkerStep.__call__, []
-
-    def fail(self, params, state):
-        if threading.current_thread().name.startswith("a3c-worker"):
-            played.append(None)
-            if len(played) == 20:
-                raise MemoryError("no more")
-        return step(self, params, state)
-
-    monkeypatch.setattr(PackedWorkerStep, "__call__", fail)
-    config = small(environment="Walk-lost", num_workers=2)
-    monkeypatch.setattr(environments, "make", lambda name, **_: WALK)
-    with pytest.raises(SystemExit):
-        runner.main(
-            "walk",
-            "",
-            {"walk": config},
-            arguments=["--run-dir", str(tmp_path / "run"), "--no-progress"],
-        )
-    code, output = run_replay(tmp_path / "run")
+    built = program(small(num_workers=2), WALK)
+    failure = failed_run(tmp_path / "run", fail_after(built, 20, MemoryError("no more")))
+    assert "no more" in failure["error"]
+    code, output = run_replay(tmp_path / "run", environment=WALK)
     assert (code, "identical:" in output) == (0, True), output
+    assert "does not fail when it is repeated" in output

@@ -11,24 +11,33 @@ import threading
 import time
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from small_runs import (
     OPTIMIZERS,
+    WALK,
     StopAt,
     assert_equal_runs,
     assert_exact_counters,
     cut_short,
+    fail_after,
+    program,
     replay,
-    shared_programs,  # noqa: F401
     small,
     train,
     words,
 )
 
-from a3c_jax import CheckpointFolder, TrainingInterrupted, WorkerError
-from a3c_jax.checkpoints import find, load
-from a3c_jax.worker import PackedWorkerStep
+import a3c_jax
+from a3c_jax import (
+    CheckpointFolder,
+    TrainingInterrupted,
+    WorkerError,
+    find_checkpoint,
+    load_checkpoint,
+)
+from a3c_jax.asynchrony.trees import name_leaves
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +70,7 @@ def test_one_worker_may_be_interrupted_again_and_again(tmp_path):
 
 def test_a_longer_budget_goes_on_to_what_the_longer_run_would_have_been(tmp_path):
     train(small(max_steps=160), checkpoints=CheckpointFolder(tmp_path))
-    assert_equal_runs(train(small(), resume=find(tmp_path)), train(small()))
+    assert_equal_runs(train(small(), resume=find_checkpoint(tmp_path)), train(small()))
 
 
 def test_the_running_mean_goes_on_over_the_episodes_of_before_which_no_sink_sees_again(tmp_path):
@@ -94,7 +103,7 @@ def test_one_worker_that_ctrl_c_stops_goes_on_bit_for_bit(tmp_path):
             sinks=[StopAt(update=100)],
             interval=0.001,
         )
-    checkpoint = find(tmp_path)
+    checkpoint = find_checkpoint(tmp_path)
     assert 100 <= checkpoint.version == caught.value.result.version
     config = small(max_steps=8 * (checkpoint.version + 100))
     assert_equal_runs(train(config, resume=checkpoint), train(config))
@@ -126,7 +135,7 @@ def test_several_workers_go_on_and_count_exactly(tmp_path, optimizer, num_worker
     assert checkpoint.version == 151
     result = train(config, resume=checkpoint, checkpoints=CheckpointFolder(tmp_path))
     assert result.version == 250
-    assert_exact_counters(find(tmp_path))
+    assert_exact_counters(find_checkpoint(tmp_path))
     assert words([c[:151] for c in result.schedule]) == words(list(checkpoint.schedule))
     assert_equal_runs(replay(config, result.schedule), result)
 
@@ -153,12 +162,29 @@ def test_what_others_were_playing_when_a_process_was_killed_is_played_again(tmp_
     folder = First(tmp_path)
     with pytest.raises(TrainingInterrupted):
         train(config, checkpoints=folder, sinks=[WhenSaved(0)], interval=0.001)
-    checkpoint = load(tmp_path / "kept")
-    assert checkpoint.version < find(tmp_path).version
+    checkpoint = load_checkpoint(tmp_path / "kept")
+    assert checkpoint.version < find_checkpoint(tmp_path).version
     config = small(num_workers=4, max_steps=8 * (checkpoint.version + 100))
     result = train(config, resume=checkpoint, checkpoints=CheckpointFolder(tmp_path / "new"))
-    assert_exact_counters(find(tmp_path / "new"))
+    assert_exact_counters(find_checkpoint(tmp_path / "new"))
     assert_equal_runs(replay(config, result.schedule), result)
+
+
+def test_a_run_may_go_on_with_programs_compiled_in_another_way(tmp_path, monkeypatch):
+    # The last bits differ from there on, and nothing else: the checkpoint knows nothing of it.
+    checkpoint = cut_short(small(num_workers=2), 30, tmp_path / "first")
+    is_plain = os.environ.get("A3C_JAX_PLAIN") == "1"
+    monkeypatch.setenv("A3C_JAX_PLAIN", "0" if is_plain else "1")
+    built = a3c_jax.build(small(num_workers=2), environment=WALK)
+    assert type(built.step) is not type(program(small(), WALK).step)
+    at_once = a3c_jax.train(built.replace(max_steps=8), resume=checkpoint)
+    assert at_once.version == 30
+    chex.assert_trees_all_equal(name_leaves(at_once.params), checkpoint.params)
+    a3c_jax.train(built, resume=checkpoint, checkpoints=CheckpointFolder(tmp_path / "second"))
+    after = find_checkpoint(tmp_path / "second")
+    assert after.version == 50
+    assert after.versions != checkpoint.versions
+    assert_exact_counters(after)
 
 
 # Budgets.
@@ -182,7 +208,7 @@ class Endless:
 def test_a_run_that_is_beyond_its_budget_already_makes_no_update(tmp_path, max_steps, num_workers):
     whole = train(small(num_workers=num_workers), checkpoints=CheckpointFolder(tmp_path))
     config = small(num_workers=num_workers, max_steps=max_steps)
-    result = train(config, resume=find(tmp_path), sinks=[Endless(50)], interval=0.01)
+    result = train(config, resume=find_checkpoint(tmp_path), sinks=[Endless(50)], interval=0.01)
     assert result.stop_reason == "max_steps"
     assert result.version == 50
     assert words(result.params) == words(whole.params)
@@ -195,17 +221,18 @@ def test_a_run_that_is_solved_or_out_of_episodes_already_makes_no_update(tmp_pat
         ({"solved_return": -100.0}, "solved"),
     ):
         config = small(max_steps=100_000, **budget)
-        result = train(config, resume=find(tmp_path))
+        result = train(config, resume=find_checkpoint(tmp_path))
         assert (result.version, result.stop_reason) == (50, reason)
         assert words(result.params) == words(whole.params)
 
 
 def test_the_best_stays_the_best_when_a_run_goes_on(tmp_path):
     first = cut_short(small(max_steps=4_000), 100, tmp_path)
-    high = first._replace(best_mean_return=1e6, best_params=first.best_params + 1)
+    best = {name: array + 1 for name, array in first.best_params.items()}
+    high = first._replace(best_mean_return=1e6, best_params=best)
     result = train(small(max_steps=4_000), resume=high)
     assert result.best_mean_return == 1e6
-    assert words(PackedWorkerStep.flatten(result.best_params)) == words(high.best_params)
+    chex.assert_trees_all_equal(name_leaves(result.best_params), best)
 
 
 # Real processes.
@@ -292,7 +319,7 @@ def test_ctrl_c_and_sigterm_stop_at_once_save_and_say_how_to_go_on(tmp_path, num
     assert "stopped by interrupted" in output
     assert f"go on with: python -m experiments.cartpole --resume {run_dir}\n" in output
     assert "Traceback" not in errors
-    checkpoint = find(run_dir)
+    checkpoint = find_checkpoint(run_dir)
     steps = re.search(r"after ([\d,]+) steps", output)
     assert int(steps[1].replace(",", "")) == checkpoint.environment_steps > 0
     assert_exact_cartpole(checkpoint)
@@ -301,7 +328,7 @@ def test_ctrl_c_and_sigterm_stop_at_once_save_and_say_how_to_go_on(tmp_path, num
 
 
 def goes_on_as_it_said(run_dir, output):
-    before = find(run_dir).environment_steps
+    before = find_checkpoint(run_dir).environment_steps
     command = re.search(r"go on with: python (.+)\n", output)[1].split()
     budget = ["--max-steps", str(before + 800), "--evaluation-episodes", "1"]
     returncode, output, errors = finish(start(*command, *budget))
@@ -316,27 +343,29 @@ def goes_on_as_it_said(run_dir, output):
 
 
 IN_A_LONG_SEGMENT = """
-import runpy, sys, threading, time
-from a3c_jax.worker import PackedWorkerStep
+import dataclasses, sys, time
+from pathlib import Path
 
-call = PackedWorkerStep.__call__
+import a3c_jax
+from experiments.run_folder import train_in_folder
 
-def long(self, params, state):
-    if threading.current_thread().name.startswith("a3c-worker"):
-        sys.stdout.write("a segment begins\\n")  # print would mix two threads' lines
-        sys.stdout.flush()
-        time.sleep(1000.0)
-    return call(self, params, state)
+def step(params, state):
+    sys.stdout.write("a segment begins\\n")  # print would mix two threads' lines
+    sys.stdout.flush()
+    time.sleep(1000.0)
 
-PackedWorkerStep.__call__ = long
-runpy.run_module("experiments.cartpole", run_name="__main__", alter_sys=True)
+program = a3c_jax.build(a3c_jax.A3CConfig(num_workers=3, hidden_sizes=(8,)))
+endless = dataclasses.replace(program, step=step, max_concurrent_calls=lambda *_: None)
+folder = Path(sys.argv[1])
+train_in_folder(endless, folder, a3c_jax.CheckpointFolder(folder / "checkpoints"))
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT cannot be sent to a process on Windows")
 def test_a_second_ctrl_c_quits_at_once_whatever_the_workers_are_doing(tmp_path):
     run_dir = tmp_path / "run"
-    process = start("-c", IN_A_LONG_SEGMENT, "--run-dir", str(run_dir), *TINY, *FOR_EVER)
+    run_dir.mkdir()
+    process = start("-c", IN_A_LONG_SEGMENT, str(run_dir))
     assert process.stdout.readline() == "a segment begins\n"
     process.send_signal(signal.SIGINT)
     time.sleep(1.0)  # two signals at the same time are one
@@ -344,7 +373,7 @@ def test_a_second_ctrl_c_quits_at_once_whatever_the_workers_are_doing(tmp_path):
     process.send_signal(signal.SIGINT)
     returncode, _, errors = finish(process, timeout=15.0)
     assert returncode in (130, -signal.SIGINT), errors
-    assert find(run_dir).version == 0
+    assert find_checkpoint(run_dir).version == 0
 
 
 @pytest.mark.slow
@@ -382,7 +411,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_pa
         process.communicate()
         saving += bool(list(run_dir.glob("checkpoints/.*.partial")))
         if checkpoint_names(run_dir):
-            checkpoint = find(run_dir)  # always whole, whatever was being written
+            checkpoint = find_checkpoint(run_dir)  # always whole, whatever was being written
             assert_exact_cartpole(checkpoint)
             assert checkpoint.version >= versions[-1] or resumed == 0
             versions.append(checkpoint.version)
@@ -390,11 +419,11 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_pa
     assert saving >= 1, "no kill fell into a save"
     assert versions[-1] > versions[1]
 
-    more = find(run_dir).environment_steps + 4_000
+    more = find_checkpoint(run_dir).environment_steps + 4_000
     arguments = ("--resume", str(run_dir), "--max-steps", str(more), "--evaluation-episodes", "1")
     returncode, output, errors = finish(start("-m", "experiments.cartpole", *arguments))
     assert returncode == 0, errors
-    last = find(run_dir)
+    last = find_checkpoint(run_dir)
     assert more <= last.environment_steps < more + 8
     assert_exact_cartpole(last)
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -420,20 +449,13 @@ def assert_exact_cartpole(checkpoint):
     np.testing.assert_array_equal(checkpoint.episodes.episode_return, checkpoint.episodes.length)
 
 
-def test_an_error_of_a_worker_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+def test_an_error_of_a_worker_leaves_a_run_that_goes_on(tmp_path):
     config = small(max_steps=800)
-    step = PackedWorkerStep.__call__
-    calls = []
-
-    def fail_once(self, params, state):
-        calls.append(None)
-        if len(calls) == 40:
-            raise OSError("lost")
-        return step(self, params, state)
-
-    monkeypatch.setattr(PackedWorkerStep, "__call__", fail_once)
     with pytest.raises(WorkerError, match="worker 0 failed with OSError: lost"):
-        train(config, checkpoints=CheckpointFolder(tmp_path))
-    checkpoint = find(tmp_path)
-    assert checkpoint.version == 38  # one call compiles, the fortieth fails
+        a3c_jax.train(
+            fail_after(program(config, WALK), 38, OSError("lost")),
+            checkpoints=CheckpointFolder(tmp_path),
+        )
+    checkpoint = find_checkpoint(tmp_path)
+    assert checkpoint.version == 38
     assert_equal_runs(train(config, resume=checkpoint), train(config))

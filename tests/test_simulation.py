@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import train_together
+from small_runs import program, train_together
 
 import a3c_jax
-from a3c_jax import A3CConfig, simulation
-from a3c_jax.parameters import Schedule
-from a3c_jax.simulation import (
+from a3c_jax import (
+    A3CConfig,
+    Schedule,
     SimulationResult,
     fixed_delay,
     make_simulation,
@@ -19,6 +19,7 @@ from a3c_jax.simulation import (
     round_robin,
     straggler,
 )
+from a3c_jax.asynchrony import schedules, simulation
 
 SMALL = {"envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,), "num_workers": 1}
 UPDATES = 25
@@ -138,7 +139,7 @@ def test_every_schedule_simulated_is_its_replay(name, mapped_over_schedules):
     # Replay raises where a schedule names a version or a worker that there cannot be.
     simulated = mapped_over_schedules[name]
     assert simulated.applied.all()
-    assert_same_run(simulated, a3c_jax.replay(WORKERS, SCHEDULES[name]))
+    assert_same_run(simulated, a3c_jax.replay(program(WORKERS), SCHEDULES[name]))
 
 
 def test_a_recorded_run_of_threads_is_simulated(threaded, mapped_over_schedules):
@@ -164,7 +165,7 @@ def plain():
 
 
 def test_no_delay_and_one_worker_is_plain_training(plain):
-    assert_same_run(plain(3, 0.01, fixed_delay(0, UPDATES)), a3c_jax.train(PLAIN))
+    assert_same_run(plain(3, 0.01, fixed_delay(0, UPDATES)), a3c_jax.train(program(PLAIN)))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,9 @@ def test_the_oldest_version_that_is_kept_is_the_right_one_and_the_metrics_are_ea
     # A hundred times the default rate: a neighbouring version is a quite different one.
     settings = config(num_workers=2, seed=5, learning_rate=0.2)
     schedule, seen = fixed_delay(3, UPDATES, num_workers=2), []
-    run = a3c_jax.replay(settings, schedule, on_update=lambda *update: seen.append(update[3]))
+    run = a3c_jax.replay(
+        program(settings), schedule, on_update=lambda *update: seen.append(update[3])
+    )
     simulated = simulate(5, 0.2, schedule)
     assert_same_run(simulated, run, atol=1e-3)
     assert set(simulated.metrics) == set(seen[0])
@@ -279,7 +282,7 @@ def test_a_row_that_cannot_be_is_not_applied_where_it_is_traced(plain):
         ([0, 0], [0, 2], r"schedule\.pulled_version must name a version that exists"),
         ([0, 0], [-1, 0], r"schedule\.pulled_version must name a version that exists"),
         ([0, 0, 0], [0, 0, 0], "staleness must be at most max_staleness 1, got 2"),
-        ([0, 0], [0], r"two vectors of one length, got \(2,\) and \(1,\)"),
+        ([0, 0], [0], r"two vectors of equal length, got \(2,\) and \(1,\)"),
         ([], [], "must hold one update at least"),
     ],
 )
@@ -310,6 +313,7 @@ def test_schedules_and_simulations_that_cannot_be_are_refused(call, error, messa
         call()
 
 
-def test_the_examples_in_the_docstrings_hold():
-    results = doctest.testmod(simulation)
-    assert results.attempted > 4 and results.failed == 0
+@pytest.mark.parametrize("module", [schedules, simulation])
+def test_the_examples_in_the_docstrings_hold(module):
+    results = doctest.testmod(module)
+    assert results.attempted > 2 and results.failed == 0

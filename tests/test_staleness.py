@@ -1,4 +1,4 @@
-"""The staleness experiment: a tiny run of the script, and its statistics and choices by hand."""
+"""The measurement of staleness: a tiny run of the script, and its statistics and choices by hand."""
 
 import json
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import staleness
-from experiments.staleness import Arguments, Run
+from experiments.measurements import staleness
+from experiments.measurements.staleness import Arguments, Run
 
 TINY = [
     *("--optimizers", "momentum"),
@@ -16,10 +16,7 @@ TINY = [
     *("--seeds", "2"),
     *("--tuning-seeds", "1"),
     *("--max-steps", "2000"),
-    *("--envs-per-worker", "4"),
     *("--batch", "4"),
-    *("--resamples", "50"),
-    "--no-progress",
 ]
 
 
@@ -33,7 +30,7 @@ def test_a_tiny_run_leaves_its_results_and_its_picture(tmp_path, capsys):
     assert (folder / "staleness.pdf").read_bytes().startswith(b"%PDF")
 
     results = json.loads((folder / "staleness.json").read_text())
-    assert results["arguments"]["delays"] == [2, 0]
+    assert results["arguments"]["delays"] == [0, 2]
     assert results["config"]["max_steps"] == 2000
     assert results["tuning"]["momentum"]["rates"] == [0.01, 0.03]
     tuned = results["tuning"]["momentum"]["returns"]
@@ -73,8 +70,8 @@ def test_a_tiny_run_leaves_its_results_and_its_picture(tmp_path, capsys):
         (["--tuning-seeds", "0"], "tuning_seeds must be >= 1, got 0"),
         (["--delays", "0", "-1"], "delays must be >= 0, got -1"),
         (["--delays", "1", "1"], "delays must be one or more, each once, got (1, 1)"),
-        (["--rates", "0.0"], "A3CConfig.learning_rate must be > 0, got 0.0"),
-        (["--max-steps", "0"], "A3CConfig.max_steps must be >= 1, got 0"),
+        (["--rates", "0.0"], "A3CConfig.learning_rate must be"),
+        (["--max-steps", "0"], "A3CConfig.max_steps must be"),
         (["--environment", "CartPol-v1"], "did you mean CartPole-v1"),
         (["--optimizers", "adma"], "adam"),
     ],
@@ -108,20 +105,20 @@ def test_rates_are_chosen_by_other_seeds_than_those_reported():
         seen.append(runs)
         return invented(runs)
 
-    tuning = staleness._tune(arguments, "adam", score)
+    tuning = staleness.tune(arguments, "adam", score)
     # 1,000,000 leaves a remainder of 1 when divided by 7.
     np.testing.assert_array_equal(tuning[0], [[1, 2, 3], [101, 102, 103]])  # delay 0: 0.01, 0.1
     np.testing.assert_array_equal(tuning[1], [[109, 110, 111], [9, 10, 11]])  # delay 8
 
-    points = staleness._report(arguments, "adam", score, tuning, np.random.default_rng(0))
-    chosen = {(p.panel, p.delay): (p.learning_rate, p.returns) for p in points}
+    points = staleness.evaluate(arguments, "adam", score, tuning, np.random.default_rng(0))
+    chosen = {(p["panel"], p["delay"]): (p["learning_rate"], p["returns"]) for p in points}
     assert chosen == {
         ("fixed", 0): (0.1, [100, 101, 102, 103]),
         ("fixed", 8): (0.1, [8, 9, 10, 11]),
         ("own", 0): (0.1, [100, 101, 102, 103]),
         ("own", 8): (0.01, [108, 109, 110, 111]),
     }
-    assert points[0].mean == 101.5  # of 101 and 102
+    assert points[0]["mean"] == 101.5  # of 101 and 102
     tuned, reported = ({run.seed for run in runs} for runs in seen)
     assert len(tuned) == 3 and reported == {0, 1, 2, 3} and not tuned & reported
     assert len(seen[1]) == 3 * 4  # what both panels show is simulated once
@@ -129,10 +126,10 @@ def test_rates_are_chosen_by_other_seeds_than_those_reported():
 
 def test_equal_scores_choose_the_smaller_rate():
     arguments = Arguments(delays=(0,), rates=(0.1, 0.01), seeds=2, tuning_seeds=1)
-    points = staleness._report(
+    points = staleness.evaluate(
         arguments, "adam", invented, np.full((1, 2, 1), 500.0), np.random.default_rng(0)
     )
-    assert {p.learning_rate for p in points} == {0.01}
+    assert {p["learning_rate"] for p in points} == {0.01}
 
 
 def test_the_interquartile_mean_leaves_out_both_outer_quarters():
@@ -154,7 +151,7 @@ def test_the_interval_is_the_percentile_bootstraps():
         n_resamples=50_000,
         rng=np.random.default_rng(2),
     ).confidence_interval
-    interval = staleness.bootstrap_interval(values, 50_000, np.random.default_rng(3))
+    interval = staleness.bootstrap_interval(values, np.random.default_rng(3), 50_000)
     np.testing.assert_allclose(interval, expected, rtol=0.03)
 
 
@@ -165,20 +162,13 @@ def test_batches_are_filled_up_and_cut_again():
         delays=(0, 2),
         rates=(0.03,),
         max_steps=2000,
-        envs_per_worker=4,
         batch=4,
     )
 
-    class Bar:
-        count = 0
-
-        def update(self, count):
-            self.count += count
-
-    bar = Bar()
-    score = staleness._make_score(arguments, "momentum", bar)
+    done = []
+    score = staleness.make_score(arguments, "momentum", done.append)
     runs = [Run(d, r, s) for r in (0.01, 0.03) for s in (0, 1) for d in (0, 2)]
     scores = score(runs[:5])
-    assert scores.shape == (5,) and bar.count == 5
+    assert scores.shape == (5,) and sorted(done) == [1, 4]
     np.testing.assert_allclose(scores, score(runs)[:5], rtol=1e-5)
     assert len(set(scores.tolist())) == 5  # different runs, each with its delay, rate and seed

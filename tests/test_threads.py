@@ -3,6 +3,7 @@
 import itertools
 import signal
 import threading
+import time
 
 import chex
 import jax
@@ -11,23 +12,20 @@ import numpy as np
 import optax
 import pytest
 
-from a3c_jax import threads as threads_module
-from a3c_jax.parameters import SharedParameters, make_optimizer
-from a3c_jax.threads import WorkerError, WorkerThreads
+from a3c_jax.asynchrony.parameters import SharedParameters
+from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
+from a3c_jax.optimizers import Updater, make_optimizer, make_updater
 
 TIMEOUT = 20.0
+SGD = Updater(*map(jax.jit, make_updater(optax.sgd(1.0))))  # compiled once for all tests
 
 
-def make_store(optimizer=None, params=None):
-    store = SharedParameters(
-        jnp.zeros(()) if params is None else params, optimizer or optax.sgd(1.0)
-    )
-    store.compile(store.pull().params)
-    return store
+def make_store(params=None):
+    return SharedParameters(jnp.zeros(()) if params is None else params, SGD)
 
 
 def count(params, state):
-    """Adds one to the parameters and to the worker's state; the record is the old state."""
+    """Adds one to the parameters and to the worker's state; reports the old state."""
     return np.float32(-1.0), state + 1, state
 
 
@@ -52,8 +50,8 @@ def run(threads, on_tick=None, interval=0.01):
         raise outcome[0]
 
 
-def assert_no_worker_is_alive(before):
-    alive = set(threading.enumerate()) - before
+def assert_no_worker_is_alive(before=()):
+    alive = set(threading.enumerate()) - set(before)
     assert [t.name for t in alive if t.name.startswith("a3c-worker-")] == []
 
 
@@ -67,19 +65,20 @@ class Boom(Exception):
 
 @pytest.mark.parametrize("num_workers", [1, 3, 8])
 @pytest.mark.parametrize("max_updates", [0, 1, 2, 100])
-def test_the_budget_is_met_exactly(num_workers, max_updates):
-    store = make_store()
-    threads = WorkerThreads(count, store, [0] * num_workers, max_updates=max_updates)
-    run(threads)
+def test_the_budget_is_met_exactly_and_no_more_segments_are_played(num_workers, max_updates):
+    store, states, played = make_store(), [0] * num_workers, itertools.count()
+
+    def step(params, state):
+        next(played)
+        return count(params, state)
+
+    run(WorkerThreads(step, store, states, max_updates=max_updates))
     params, version = store.pull()
-    assert version == max_updates
-    assert float(params) == max_updates
-    assert sum(threads.states) == max_updates
+    assert float(params) == version == sum(states) == next(played) == max_updates
 
 
 @pytest.mark.parametrize("places", [1, 2])
-def test_no_more_threads_than_may_run_are_in_a_step_and_all_have_their_turn(monkeypatch, places):
-    monkeypatch.setattr(threads_module, "_TURN", 0.0)
+def test_no_more_threads_than_may_run_are_in_a_step_and_all_have_their_turn(places):
     lock, inside, most, played = threading.Lock(), [], [], [0] * 5
     all_wait, together = threading.Event(), threading.Barrier(places)
 
@@ -100,7 +99,9 @@ def test_no_more_threads_than_may_run_are_in_a_step_and_all_have_their_turn(monk
         return count(params, state)
 
     store = make_store()
-    threads = WorkerThreads(step, store, [0] * 5, max_updates=50, max_running=places)
+    threads = WorkerThreads(
+        step, store, [0] * 5, max_updates=50, max_running=places, turn_seconds=0.0
+    )
     run(threads)
     assert max(most) == places
     assert store.pull().version == 50
@@ -120,110 +121,98 @@ def test_threads_that_wait_for_a_turn_end_when_another_fails_or_stops(places):
     with pytest.raises(WorkerError) as caught:
         run(WorkerThreads(fail, make_store(), [0] * 6, max_running=places))
     assert isinstance(caught.value.__cause__, Boom)
+
+    def third(update, report):
+        return update.snapshot.version == 3
+
     store = make_store()
-
-    def stop(worker, snapshot, staleness, record):
-        if snapshot.version == 3:
-            threads.stop()
-
-    threads = WorkerThreads(count, store, [0] * 6, on_commit=stop, max_running=places)
-    run(threads)
+    run(WorkerThreads(count, store, [0] * 6, on_update=third, max_running=places))
     assert 3 <= store.pull().version < 3 + places
 
 
-@pytest.mark.parametrize("num_workers", [1, 3, 8])
-def test_no_more_steps_are_played_than_the_budget_pays_for(num_workers):
-    played = itertools.count()
+def test_every_update_is_told_once_in_order_just_before_it_becomes_visible():
+    store, states, told = make_store(), [0] * 4, []
 
-    def step(params, state):
-        next(played)
-        return count(params, state)
+    def on_update(update, report):
+        assert not store._lock.acquire(blocking=False), "the lock is free"
+        params, version = store.pull()
+        assert version == sum(states) == int(params)
+        assert update.snapshot.version == int(update.snapshot.params) == version + 1
+        assert states[update.worker] == report
+        told.append((update.worker, update.snapshot.version, update.staleness, report))
 
-    run(WorkerThreads(step, make_store(), [0] * num_workers, max_updates=100))
-    assert next(played) == 100
-
-
-def test_every_update_is_committed_once_in_order_with_its_own_state_and_staleness():
-    store, num_workers = make_store(), 4
-    commits = []
-
-    def on_commit(worker, snapshot, staleness, record):
-        assert store.pull() is snapshot
-        # The states are those of this very version: a consistent cut of the run.
-        assert sum(threads.states) == snapshot.version == int(snapshot.params)
-        assert threads.states[worker] == record + 1
-        commits.append((worker, snapshot.version, staleness, record))
-
-    threads = WorkerThreads(count, store, [0] * num_workers, on_commit=on_commit, max_updates=200)
-    run(threads)
-    workers, versions, staleness, records = map(np.array, zip(*commits, strict=True))
+    run(WorkerThreads(count, store, states, on_update=on_update, max_updates=200))
+    workers, versions, staleness, reports = map(np.array, zip(*told, strict=True))
     np.testing.assert_array_equal(versions, np.arange(1, 201))
     np.testing.assert_array_equal(workers, store.schedule.worker)
     np.testing.assert_array_equal(staleness, store.schedule.staleness)
-    for worker in range(num_workers):
-        own = records[workers == worker]
+    for worker, state in enumerate(states):
+        own = reports[workers == worker]
         np.testing.assert_array_equal(own, np.arange(len(own)))
-        assert threads.states[worker] == len(own)
+        assert state == len(own)
 
 
-def test_a_commit_holds_the_stores_lock():
-    store, held = make_store(), []
+def test_the_states_at_any_moment_are_those_of_that_version():
+    store, states, seen = make_store(), [0] * 3, []
 
-    def on_commit(*_):
-        held.append(not store._lock.acquire(blocking=False))
+    def look():
+        state, numbers = store.freeze(lambda: list(states))
+        seen.append((state.snapshot.version, len(state.schedule.worker), sum(numbers)))
+        if len({version for version, _, _ in seen}) == 30:
+            threads.stop()
 
-    run(WorkerThreads(count, store, [0], on_commit=on_commit, max_updates=3))
-    assert held == [True] * 3
+    threads = WorkerThreads(count, store, states)
+    run(threads, on_tick=look, interval=0.001)
+    assert all(version == rows == total for version, rows, total in seen)
 
 
 def test_workers_play_at_the_same_time_and_without_the_lock():
-    store, num_workers = make_store(), 3
+    store, states, num_workers = make_store(), [0] * 3, 3
     together = threading.Barrier(num_workers)
 
     def step(params, state):
         together.wait(TIMEOUT)  # passes only if all are inside their step at once
         return count(params, state)
 
-    threads = WorkerThreads(step, store, [0] * num_workers, max_updates=num_workers)
-    run(threads)
-    assert threads.states == [1, 1, 1]
+    run(WorkerThreads(step, store, states, max_updates=num_workers))
+    assert states == [1, 1, 1]
     np.testing.assert_array_equal(store.schedule.pulled_version, [0, 0, 0])
     np.testing.assert_array_equal(store.schedule.staleness, [0, 1, 2])
 
 
-def test_the_initial_states_given_are_not_changed():
-    states = [0, 0]
-    run(WorkerThreads(count, make_store(), states, max_updates=10))
-    assert states == [0, 0]
-
-
 @pytest.mark.parametrize("num_workers", [1, 8])
-def test_stop_from_a_commit_ends_the_run_after_the_segments_being_played(num_workers):
-    store = make_store()
+@pytest.mark.parametrize("returns_true", [True, False])
+def test_a_stop_at_an_update_ends_the_run_after_the_segments_being_played(
+    num_workers, returns_true
+):
+    store, states = make_store(), [0] * num_workers
 
-    def on_commit(worker, snapshot, staleness, record):
-        if snapshot.version == 50:
+    def on_update(update, report):
+        if update.snapshot.version == 50:
+            if returns_true:
+                return True
             threads.stop()
+        return False
 
-    threads = WorkerThreads(count, store, [0] * num_workers, on_commit=on_commit)
+    threads = WorkerThreads(count, store, states, on_update=on_update)
     run(threads)
     # Each of the others may have been in the middle of one segment.
     assert 50 <= store.pull().version <= 50 + num_workers - 1
-    assert sum(threads.states) == store.pull().version
+    assert sum(states) == store.pull().version
 
 
 def test_stop_from_another_thread_ends_a_run_without_a_budget():
     store, going = make_store(), threading.Event()
 
-    def on_commit(worker, snapshot, staleness, record):
-        if snapshot.version >= 20:
+    def on_update(update, report):
+        if update.snapshot.version >= 20:
             going.set()
 
     def stop_when_going():
         assert going.wait(TIMEOUT)
         threads.stop()
 
-    threads = WorkerThreads(count, store, [0] * 4, on_commit=on_commit)
+    threads = WorkerThreads(count, store, [0] * 4, on_update=on_update)
     stopper = threading.Thread(target=stop_when_going, daemon=True)
     stopper.start()
     run(threads)
@@ -237,7 +226,8 @@ def test_stop_from_the_tick_ends_the_run():
 
 
 def test_a_segment_that_is_being_played_when_the_run_is_stopped_still_counts():
-    store, playing, go_on = make_store(), threading.Event(), threading.Event()
+    store, states = make_store(), [0]
+    playing, go_on = threading.Event(), threading.Event()
 
     def step(params, state):
         playing.set()
@@ -249,13 +239,13 @@ def test_a_segment_that_is_being_played_when_the_run_is_stopped_still_counts():
         threads.stop()
         go_on.set()
 
-    threads = WorkerThreads(step, store, [0])
+    threads = WorkerThreads(step, store, states)
     stopper = threading.Thread(target=stop_in_the_middle, daemon=True)
     stopper.start()
     run(threads)
     stopper.join(TIMEOUT)
     assert store.pull().version == 1
-    assert threads.states == [1]
+    assert states == [1]
 
 
 def test_a_run_that_is_stopped_before_it_begins_plays_nothing():
@@ -294,31 +284,31 @@ def test_a_run_in_the_main_thread_does_the_same_as_in_another():
 @pytest.mark.parametrize("max_updates", [100, None])
 @pytest.mark.parametrize("failing", [0, 50, 99])
 def test_a_worker_that_raises_stops_the_others(failing, max_updates):
-    store, played, raised = make_store(), itertools.count(), []
+    store, states, played, raised = make_store(), [0] * 4, itertools.count(), []
 
     def step(params, state):
         if next(played) == failing:
-            raised.append((worker_of_this_thread(), Boom("lost a wheel")))
-            raise raised[0][1]
+            raised.append((worker_of_this_thread(), int(params), Boom("lost a wheel")))
+            raise raised[0][-1]
         return count(params, state)
 
-    threads = WorkerThreads(step, store, [0] * 4, max_updates=max_updates)
     with pytest.raises(WorkerError) as caught:
-        run(threads)
-    ((worker, error),) = raised
-    assert caught.value.worker == worker
+        run(WorkerThreads(step, store, states, max_updates=max_updates))
+    ((worker, pulled_version, error),) = raised
     assert caught.value.__cause__ is error
+    assert (caught.value.worker, caught.value.pulled_version) == (worker, pulled_version)
+    assert caught.value.report is None
     assert str(caught.value) == f"worker {worker} failed with Boom: lost a wheel"
     # The failed segment left no trace, and those of the others are whole.
-    version = store.pull().version
-    assert float(store.pull().params) == version == sum(threads.states)
+    params, version = store.pull()
+    assert float(params) == version == sum(states)
     if max_updates is not None:
         assert version <= 99
         assert failing != 99 or version == 99
 
 
 def test_the_others_finish_their_segment_after_a_failure_and_begin_no_other():
-    store, playing, played = make_store(), threading.Event(), []
+    store, states, playing, played = make_store(), [0, 0], threading.Event(), []
 
     def step(params, state):
         if worker_of_this_thread() == 0:
@@ -329,23 +319,20 @@ def test_the_others_finish_their_segment_after_a_failure_and_begin_no_other():
         assert threads._stop.wait(TIMEOUT)  # set by the failure, in the middle of this segment
         return count(params, state)
 
-    threads = WorkerThreads(step, store, [0, 0])
+    threads = WorkerThreads(step, store, states)
     with pytest.raises(WorkerError, match="^worker 0 failed with Boom"):
         run(threads)
     assert played == [1]
-    assert threads.states == [0, 1]
+    assert states == [0, 1]
     assert store.pull().version == 1
 
 
-def test_a_failure_wakes_the_run_at_once_however_long_the_interval():
+def test_a_failure_and_the_end_of_the_budget_wake_the_run_however_long_the_interval():
     def step(params, state):
         raise Boom
 
     with pytest.raises(WorkerError):
         run(WorkerThreads(step, make_store(), [0] * 2), interval=100 * TIMEOUT)
-
-
-def test_the_end_of_the_budget_wakes_the_run_at_once_however_long_the_interval():
     run(WorkerThreads(count, make_store(), [0] * 2, max_updates=5), interval=100 * TIMEOUT)
 
 
@@ -376,16 +363,34 @@ def test_whatever_a_worker_raises_is_reported_not_only_exceptions(kind):
     assert isinstance(caught.value.__cause__, kind)
 
 
-def test_a_commit_that_raises_is_reported_like_a_worker():
-    store = make_store()
+@pytest.mark.parametrize("kind", [Boom, StopIteration, GeneratorExit])
+def test_an_error_while_an_update_is_told_is_reported_and_there_is_no_update(kind):
+    store, states = make_store(), [0] * 3
 
-    def on_commit(worker, snapshot, staleness, record):
-        if snapshot.version == 7:
-            raise Boom("from the commit")
+    def on_update(update, report):
+        if update.snapshot.version == 7:
+            raise kind("told")
 
-    with pytest.raises(WorkerError, match="Boom: from the commit"):
-        run(WorkerThreads(count, store, [0] * 3, on_commit=on_commit))
+    with pytest.raises(WorkerError, match=f"{kind.__name__}: told") as caught:
+        run(WorkerThreads(count, store, states, on_update=on_update))
+    error = caught.value
+    assert isinstance(error.__cause__, kind)
+    # The worker's report is that of the segment that came to nothing.
+    assert error.report <= states[error.worker]
+    assert error.pulled_version <= 6
+    # Another worker may make the seventh update, and fails as well.
+    assert store.pull().version == sum(states) == len(store.schedule.worker) == 6
     assert store._lock.acquire(blocking=False), "the lock must be free again"
+
+
+def test_an_error_before_the_pull_has_no_version_and_no_report():
+    class Unreachable:
+        def pull(self):
+            raise Boom("no store")
+
+    with pytest.raises(WorkerError, match="no store") as caught:
+        run(WorkerThreads(count, Unreachable(), [0] * 2))
+    assert caught.value.pulled_version is caught.value.report is None
 
 
 def test_gradients_that_do_not_fit_the_parameters_are_reported_and_not_applied():
@@ -402,38 +407,31 @@ def test_gradients_that_do_not_fit_the_parameters_are_reported_and_not_applied()
 
 @pytest.mark.parametrize("kind", [Boom, KeyboardInterrupt, SystemExit])
 def test_an_exception_of_the_tick_comes_through_and_leaves_no_thread_alive(kind):
-    store = make_store()
+    store, states = make_store(), [0] * 4
 
     def on_tick():
         raise kind("from the tick")
 
-    threads = WorkerThreads(count, store, [0] * 4)
     with pytest.raises(kind, match="from the tick"):
-        run(threads, on_tick)
+        run(WorkerThreads(count, store, states), on_tick)
     version = store.pull().version
-    assert float(store.pull().params) == version == sum(threads.states)
+    assert float(store.pull().params) == version == sum(states)
 
 
-def test_a_run_that_fails_waits_for_the_segments_being_played(monkeypatch):
-    waited_for, join = threading.Event(), threading.Thread.join
-
-    def join_and_tell(thread, timeout=None):
-        if thread.name.startswith("a3c-worker-"):
-            waited_for.set()
-        join(thread, timeout)
-
-    monkeypatch.setattr(threading.Thread, "join", join_and_tell)
+def test_a_run_that_fails_waits_for_the_segments_being_played():
     store = make_store()
 
     def step(params, state):
-        assert waited_for.wait(TIMEOUT)  # until the run has failed and waits for this worker
+        assert threads._stop.wait(TIMEOUT)  # until the run has failed
+        time.sleep(0.1)
         return count(params, state)
 
     def on_tick():
         raise Boom
 
+    threads = WorkerThreads(step, store, [0] * 2)
     with pytest.raises(Boom):
-        run(WorkerThreads(step, store, [0] * 2), on_tick)
+        run(threads, on_tick)
     assert store.pull().version == 2
 
 
@@ -445,11 +443,13 @@ def wander(params, state):
 @pytest.mark.parametrize("optimizer", ["adam", "shared_rmsprop", "rmsprop"])
 def test_replaying_the_schedule_in_one_thread_gives_the_same_run_bit_for_bit(optimizer):
     num_workers, dimensions = 4, 8
-    options = {"learning_rate": 0.1, "anneal_over": 150, "num_workers": num_workers}
+    optimizer = make_optimizer(
+        optimizer, learning_rate=0.1, anneal_over=150, num_workers=num_workers
+    )
     start = jnp.linspace(-1.0, 1.0, dimensions)
-    states = list(jax.random.normal(jax.random.key(0), (num_workers, dimensions)))
+    initial_states = list(jax.random.normal(jax.random.key(0), (num_workers, dimensions)))
     compiled = jax.jit(wander)
-    store = make_store(make_optimizer(optimizer, **options), start)
+    store, states = SharedParameters(start, optimizer), list(initial_states)
     all_have_pulled = threading.Barrier(num_workers)
     this_thread = threading.local()
 
@@ -459,14 +459,13 @@ def test_replaying_the_schedule_in_one_thread_gives_the_same_run_bit_for_bit(opt
             all_have_pulled.wait(TIMEOUT)  # so that some updates are stale, however threads run
         return jax.block_until_ready(compiled(params, state))
 
-    threads = WorkerThreads(step, store, states, max_updates=100)
-    run(threads)
+    run(WorkerThreads(step, store, states, max_updates=100))
     schedule = store.schedule
     assert schedule.staleness.sum() >= 6  # 0 + 1 + 2 + 3 of the first round, at the least
 
     def replay(workers, pulled_versions):
-        replayed = SharedParameters(start, make_optimizer(optimizer, **options))
-        versions, worker_states = [start], list(states)
+        replayed = SharedParameters(start, optimizer)
+        versions, worker_states = [start], list(initial_states)
         for worker, pulled in zip(workers.tolist(), pulled_versions.tolist(), strict=True):
             gradients, worker_states[worker], _ = compiled(versions[pulled], worker_states[worker])
             replayed.apply(gradients, pulled, worker)
@@ -475,8 +474,8 @@ def test_replaying_the_schedule_in_one_thread_gives_the_same_run_bit_for_bit(opt
 
     replayed, worker_states = replay(schedule.worker, schedule.pulled_version)
     chex.assert_trees_all_equal(replayed.pull(), store.pull())
-    chex.assert_trees_all_equal(replayed.opt_state, store.opt_state)
-    chex.assert_trees_all_equal(worker_states, threads.states)
+    chex.assert_trees_all_equal(replayed.optimizer_state, store.optimizer_state)
+    chex.assert_trees_all_equal(worker_states, states)
 
     # It is the schedule that does it: the same updates without their staleness lead elsewhere.
     fresh, _ = replay(schedule.worker, np.arange(100))
@@ -484,10 +483,9 @@ def test_replaying_the_schedule_in_one_thread_gives_the_same_run_bit_for_bit(opt
 
 
 def test_threads_without_a_state_or_a_second_run_are_refused():
-    store = SharedParameters(jnp.zeros(()), optax.sgd(1.0))
     with pytest.raises(ValueError, match="states must hold one state for each worker"):
-        WorkerThreads(lambda params, state: (params, state, None), store, [])
-    threads = WorkerThreads(lambda params, state: (params, state, None), store, [0], max_updates=1)
+        WorkerThreads(count, make_store(), [])
+    threads = WorkerThreads(count, make_store(), [0], max_updates=1)
     threads.run()
     with pytest.raises(RuntimeError, match="have run already"):
         threads.run()
@@ -500,15 +498,14 @@ def test_ctrl_c_is_noticed_even_where_python_drops_exceptions():
             for _ in range(10):
                 pass  # the handler runs here, where an exception would be ignored
 
-    store = SharedParameters(jnp.zeros(()), optax.sgd(1.0))
-    step = jax.jit(lambda params, state: (params, state, 0))
-    threads = WorkerThreads(step, store, [jnp.zeros(())] * 2)
+    threads = WorkerThreads(count, make_store(), [0] * 2)
     # A shell that starts the tests in the background has them ignore SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             threads.run(lambda: Interrupting() and None, interval=0.01)
+        assert caught.value.args == (signal.SIGINT,)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert not [t for t in threading.enumerate() if t.name.startswith("a3c-worker")]
+    assert_no_worker_is_alive()

@@ -1,5 +1,6 @@
 """`train` as a whole: probes with known answers, budgets, reproducibility, errors, replay."""
 
+import dataclasses
 import threading
 
 import chex
@@ -8,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from probes import Probe
-from small_runs import train_together
+from small_runs import assert_equal_runs, program, train_together
 
 import a3c_jax
-from a3c_jax import A3CConfig, agent, training
-from a3c_jax.agent import make_agent
+from a3c_jax import A3CConfig, SharedParameters, _compiled, round_robin
 from a3c_jax.environments import Transition
-from a3c_jax.simulation import round_robin
-from a3c_jax.worker import PackedWorkerStep, make_worker_step
 
 SMALL = {"num_workers": 2, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,)}
 LEARN = {
@@ -30,6 +28,10 @@ LEARN = {
     "learning_rate_schedule": "linear",
     "discount": 0.5,
 }
+
+
+def small(**changes):
+    return program(A3CConfig(**SMALL | changes))
 
 
 def live_workers():
@@ -115,9 +117,10 @@ def test_the_actor_acts_for_a_delayed_reward():
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_a_budget_of_steps_is_met_exactly_to_the_segment(num_workers):
-    config = A3CConfig(**SMALL | {"num_workers": num_workers}, max_steps=203)
-    result = a3c_jax.train(config)
-    assert config.steps_per_update == 8
+    run = small(num_workers=num_workers, max_steps=203)
+    result = a3c_jax.train(run)
+    assert run.config.steps_per_update == 8
+    assert result.config == run.config
     assert result.version == 26  # ceil(203 / 8)
     assert result.environment_steps == 208
     assert result.overshoot == 5
@@ -128,22 +131,21 @@ def test_a_budget_of_steps_is_met_exactly_to_the_segment(num_workers):
 
 
 def test_a_budget_of_episodes_ends_the_run_within_one_segment_a_worker():
-    result = a3c_jax.train(A3CConfig(**SMALL, max_steps=None, max_episodes=20))
+    result = a3c_jax.train(small(max_steps=None, max_episodes=20))
     assert result.stop_reason == "max_episodes"
     # Each worker may be in the middle of one segment, in which 2 environments x 4 steps end.
     assert 20 <= len(result.episodes.episode_return) <= 20 + 2 * 8
 
 
 def test_a_solved_task_ends_the_run():
-    config = A3CConfig(**SMALL, solved_return=1.0, solved_window=5)
-    result = a3c_jax.train(config)
+    result = a3c_jax.train(small(solved_return=1.0, solved_window=5))
     assert result.stop_reason == "solved"
     assert result.best_mean_return >= 1.0
     assert result.environment_steps < 5_000
 
 
 def test_every_step_played_is_in_an_episode_that_ended_or_is_still_running():
-    result = a3c_jax.train(A3CConfig(**SMALL | {"num_workers": 3}, max_steps=30_000))
+    result = a3c_jax.train(small(num_workers=3, max_steps=30_000))
     ended = result.episodes.length.sum()
     # CartPole-v1 pays 1 a step, and each of 3 x 2 environments has at most 500 steps unfinished.
     np.testing.assert_array_equal(result.episodes.episode_return, result.episodes.length)
@@ -151,22 +153,19 @@ def test_every_step_played_is_in_an_episode_that_ended_or_is_still_running():
 
 
 def test_one_worker_is_reproducible_bit_for_bit():
-    config = A3CConfig(**SMALL | {"num_workers": 1}, max_steps=4_000, seed=3)
-    first, second = a3c_jax.train(config), a3c_jax.train(config)
-    chex.assert_trees_all_equal(first.params, second.params)
-    chex.assert_trees_all_equal(first.best_params, second.best_params)
-    chex.assert_trees_all_equal(first.opt_state, second.opt_state)
-    np.testing.assert_array_equal(first.episodes.episode_return, second.episodes.episode_return)
+    run = small(num_workers=1, max_steps=4_000, seed=3)
+    first, second = a3c_jax.train(run), a3c_jax.train(run)
+    assert_equal_runs(first, second)
 
-    other = a3c_jax.train(A3CConfig(**SMALL | {"num_workers": 1}, max_steps=4_000, seed=4))
+    other = a3c_jax.train(run.replace(seed=4))
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(first.params, other.params)
 
 
 def test_workers_play_differently_from_the_start():
     # With parameters that hardly move, workers with equal keys would play equal episodes.
-    config = A3CConfig(**SMALL | {"num_workers": 3}, learning_rate=1e-12)
-    episodes = a3c_jax.replay(config, round_robin(3, 600)).episodes
+    run = small(num_workers=3, learning_rate=1e-12)
+    episodes = a3c_jax.replay(run, round_robin(3, 600)).episodes
     returns = [tuple(episodes.episode_return[episodes.worker == w][:20]) for w in range(3)]
     assert all(len(r) == 20 for r in returns)
     assert len(set(returns)) == 3
@@ -177,41 +176,75 @@ def test_a_recorded_schedule_replays_bit_for_bit():
     result = train_together(config)
 
     # The same run again, in one thread, worker by worker as the schedule says.
-    start = make_agent(config)
-    step = PackedWorkerStep(start.worker_step, start.params, start.states[0])
-    states = [step.pack_state(state) for state in start.states]
-    store = a3c_jax.SharedParameters(step.flatten(start.params), start.optimizer, 3)
+    run = program(config)
+    states, store = run.initial_states(), SharedParameters(run.initial_params(), run.updater, 3)
     versions = [store.pull().params]
     for worker, pulled in zip(*result.schedule, strict=True):
-        gradients, states[worker], _ = step(versions[pulled], states[worker])
+        gradients, states[worker], _ = run.step(versions[pulled], states[worker])
         store.apply(gradients, int(pulled), int(worker))
         versions.append(store.pull().params)
-    chex.assert_trees_all_equal(step.unflatten(versions[-1]), result.params)
-    chex.assert_trees_all_equal(store.opt_state, result.opt_state)
+    chex.assert_trees_all_equal(_compiled.unpack(versions[-1]), result.params)
+    chex.assert_trees_all_equal(store.optimizer_state, result.opt_state)
 
 
-def test_everything_compiles_once_before_the_threads_start(monkeypatch):
-    traces = []
+def test_everything_is_traced_before_the_threads_start():
+    traced_by = []
 
-    def counted(*arguments, **options):
-        step = make_worker_step(*arguments, **options)
+    class Noted(Probe):
+        def step(self, key, state, action):
+            traced_by.append(threading.current_thread().name)
+            return super().step(key, state, action)
 
-        def counting(params, state):
-            traces.append(threading.current_thread().name)
-            return step(params, state)
+    environment = Noted(2, lambda sign, action, last: sign)
+    result = a3c_jax.train(A3CConfig(**SMALL, max_steps=400), environment=environment)
+    assert result.version == 50
+    assert traced_by and not any(name.startswith("a3c-worker") for name in traced_by)
 
-        return counting
 
-    monkeypatch.setattr(agent, "make_worker_step", counted)
-    a3c_jax.train(A3CConfig(**SMALL, max_steps=400))
-    assert 1 <= len(traces) <= 2  # once for the shapes of the statistics, once to compile
-    assert not any(name.startswith("a3c-worker") for name in traces)
+def watch_steps(run):
+    """The program with a step that notes how many are being played at the same time."""
+    lock, inside, most = threading.Lock(), [], []
+
+    def step(params, state):
+        with lock:
+            inside.append(None)
+            most.append(len(inside))
+        try:
+            return run.step(params, state)
+        finally:
+            with lock:
+                inside.pop()
+
+    return dataclasses.replace(run, step=step), most
+
+
+def test_the_configuration_says_how_many_workers_play_at_the_same_time():
+    def refuse(*_):
+        raise AssertionError("asked how many although the configuration says it")
+
+    run, most = watch_steps(small(num_workers=4, max_steps=2_000, max_concurrent_workers=1))
+    result = a3c_jax.train(dataclasses.replace(run, max_concurrent_calls=refuse))
+    assert max(most) == 1
+    assert not result.schedule.staleness.any()
+
+
+def test_where_the_configuration_does_not_say_it_the_compiled_step_does():
+    asked = []
+
+    def one(num_threads, params, state):
+        run.step(params, state)  # these are what the step takes
+        asked.append(num_threads)
+        return 1
+
+    run, most = watch_steps(small(num_workers=4, max_steps=2_000))
+    a3c_jax.train(dataclasses.replace(run, max_concurrent_calls=one))
+    assert asked == [4]
+    assert max(most) == 1
 
 
 def test_the_terminal_reward_changes_learning_and_not_the_reported_returns():
-    plain = A3CConfig(**SMALL | {"num_workers": 1}, max_steps=2_000)
-    punished = A3CConfig(**SMALL | {"num_workers": 1}, max_steps=2_000, terminal_reward=-1.0)
-    a, b = a3c_jax.train(plain), a3c_jax.train(punished)
+    a = a3c_jax.train(small(num_workers=1, max_steps=2_000))
+    b = a3c_jax.train(small(num_workers=1, max_steps=2_000, terminal_reward=-1.0))
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(a.params, b.params)
     np.testing.assert_array_equal(b.episodes.episode_return, b.episodes.length)
@@ -243,6 +276,8 @@ def test_an_environment_that_fails_while_it_is_traced_fails_before_any_thread():
 
 
 class FailingSink:
+    """A sink that raises an error when it is written to."""
+
     def __init__(self, error):
         self.error, self.closed = error, False
 
@@ -256,7 +291,7 @@ class FailingSink:
 def test_a_sink_that_raises_ends_the_run_and_is_closed():
     sink = FailingSink(OSError("disk full"))
     with pytest.raises(OSError, match="disk full"):
-        a3c_jax.train(A3CConfig(**SMALL, max_steps=10**9), sinks=[sink], interval=0.01)
+        a3c_jax.train(small(max_steps=10**9), sinks=[sink], interval=0.01)
     assert sink.closed
     assert not live_workers()
 
@@ -270,7 +305,7 @@ def test_an_interrupt_carries_the_result_so_far():
 
     sink = Once(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt) as caught:
-        a3c_jax.train(A3CConfig(**SMALL, max_steps=10**9), sinks=[sink], interval=0.05)
+        a3c_jax.train(small(max_steps=10**9), sinks=[sink], interval=0.05)
     result = caught.value.result
     assert result.stop_reason == "interrupted"
     assert result.version == len(result.schedule.worker)
@@ -287,11 +322,12 @@ def test_sinks_see_every_episode_once_and_the_final_totals():
             self.numbers.extend(episodes.episode_return)
 
         def close(self):
-            pass
+            self.rows.append("closed")
 
-    result = a3c_jax.train(A3CConfig(**SMALL, max_steps=20_000), sinks=[Collect()], interval=0.01)
+    result = a3c_jax.train(small(max_steps=20_000), sinks=[Collect()], interval=0.01)
     assert len(Collect.rows) > 2
     np.testing.assert_array_equal(Collect.numbers, result.episodes.episode_return)
+    assert Collect.rows.pop() == "closed"
     assert Collect.rows[-1]["environment_steps"] == result.environment_steps
     assert Collect.rows[-1]["updates"] == result.version
 
@@ -301,54 +337,26 @@ def test_train_is_silent(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_unknown_environment_is_refused_with_near_matches():
+def test_an_unknown_environment_is_refused_with_near_matches_and_the_sinks_are_closed():
+    sink = FailingSink(None)
     with pytest.raises(ValueError, match=r"did you mean .*CartPole-v1"):
-        a3c_jax.train(A3CConfig(environment="Cartpole-v1"))
+        a3c_jax.train(A3CConfig(environment="Cartpole-v1"), sinks=[sink])
+    assert sink.closed
 
 
-class Timed:
-    """A step whose calls take so many seconds each, by its own clock."""
+def test_a_sink_that_cannot_be_closed_does_not_keep_the_others_open():
+    class Stuck(FailingSink):
+        def write(self, row, episodes):
+            pass
 
-    def __init__(self, monkeypatch, seconds, fused=True):
-        self.now, self.seconds, self.fused = 0.0, iter(seconds), fused
-        monkeypatch.setattr(training.time, "perf_counter", lambda: self.now)
+        def close(self):
+            super().close()
+            raise self.error
 
-    def play(self, params, state):
-        self.now += next(self.seconds)
-
-
-@pytest.mark.parametrize(
-    ("microseconds", "workers", "cores", "expected"),
-    [
-        (40, 4, 4, 2),  # two always may
-        (70, 16, 16, 2),
-        (230, 4, 4, 3),
-        (640, 16, 16, 8),
-        (900, 4, 4, 4),  # a core each
-        (900, 16, 8, 8),
-    ],
-)
-def test_short_segments_leave_room_for_fewer_workers_than_there_are_cores(
-    monkeypatch, microseconds, workers, cores, expected
-):
-    # The shortest of ten counts: whatever else the machine does only makes a call longer.
-    seconds = 1e-6 * microseconds * np.array([9, 2, 3, 1, 5, 2, 2, 9, 4, 2])
-    step = Timed(monkeypatch, seconds)
-    config = A3CConfig(num_workers=workers)
-    assert training.max_running(config, step, None, None, cores) == expected
-
-
-def test_segments_are_not_timed_where_that_would_change_nothing(monkeypatch):
-    for fused, settings, cores, expected in (
-        (False, {"num_workers": 8}, 4, None),
-        (True, {"num_workers": 8, "max_concurrent_workers": 5}, 4, 5),
-        (False, {"num_workers": 8, "max_concurrent_workers": 5}, 4, 5),
-        (True, {"num_workers": 2}, 16, 16),
-        (True, {"num_workers": 16}, 2, 2),
-        (True, {"num_workers": 16}, 1, 1),
-    ):
-        step = Timed(monkeypatch, [], fused)
-        assert training.max_running(A3CConfig(**settings), step, None, None, cores) == expected
+    sinks = [Stuck(OSError("first")), Stuck(OSError("second"))]
+    with pytest.raises(OSError, match="first"):
+        a3c_jax.train(small(max_steps=80), sinks=sinks)
+    assert all(sink.closed for sink in sinks)
 
 
 @pytest.mark.slow
