@@ -84,80 +84,26 @@ def moves(x, i):
     return jnp.concatenate([h.T.ravel() for h in halves]), lax.bitcast_convert_type(x, jnp.uint32)
 
 
-UNARY = [
-    "abs",
-    "acos",
-    "acosh",
-    "asin",
-    "asinh",
-    "atan",
-    "atanh",
-    "bessel_i0e",
-    "bessel_i1e",
-    "cbrt",
-    "ceil",
-    "cos",
-    "cosh",
-    "digamma",
-    "erf",
-    "erf_inv",
-    "erfc",
-    "exp",
-    "exp2",
-    "expm1",
-    "floor",
-    "is_finite",
-    "lgamma",
-    "log",
-    "log1p",
-    "logistic",
-    "neg",
-    "round",
-    "rsqrt",
-    "sign",
-    "sin",
-    "sinh",
-    "sqrt",
-    "square",
-    "tan",
-    "tanh",
-]
-BINARY = [
-    "add",
-    "atan2",
-    "div",
-    "eq",
-    "ge",
-    "gt",
-    "igamma",
-    "igamma_grad_a",
-    "igammac",
-    "le",
-    "lt",
-    "max",
-    "min",
-    "mul",
-    "ne",
-    "nextafter",
-    "polygamma",
-    "pow",
-    "random_gamma_grad",
-    "rem",
-    "sub",
-    "zeta",
-]
-OF_INTEGERS = [
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_xor",
-    "div",
-    "max",
-    "min",
-    "rem",
-    "shift_left",
-    "shift_right_arithmetic",
-    "shift_right_logical",
-]
+UNARY = re.findall(
+    r"\w+",
+    """
+    abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil cos cosh digamma erf erf_inv erfc exp
+    exp2 expm1 floor is_finite lgamma log log1p logistic neg round rsqrt sign sin sinh sqrt square tan tanh
+    """,
+)
+BINARY = re.findall(
+    r"\w+",
+    """
+    add atan2 div eq ge gt igamma igamma_grad_a igammac le lt max min mul ne nextafter polygamma pow
+    random_gamma_grad rem sub zeta
+    """,
+)
+OF_INTEGERS = re.findall(
+    r"\w+",
+    """
+    bitwise_and bitwise_or bitwise_xor div max min rem shift_left shift_right_arithmetic shift_right_logical
+    """,
+)
 
 
 def many_operations(x, i):
