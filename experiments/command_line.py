@@ -101,7 +101,8 @@ def main(
     if options.compilation_cache is not None:
         _keep_compiled_programs(options.compilation_cache)
     with exit_on_bad_input(ValueError):  # of any other error, the traceback is of use
-        program = a3c_jax.build(config)
+        single_kernel = None if checkpoint is None else checkpoint.single_kernel
+        program = a3c_jax.build(config, single_kernel=single_kernel)
     with exit_on_bad_input():
         run_dir, checkpoints = _folders(name, config, options, checkpoint)
     result = train_in_folder(program, run_dir, checkpoints, checkpoint, options.progress, sinks)

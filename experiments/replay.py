@@ -77,7 +77,14 @@ def _replay(checkpoint: Any, schedule: Any, objects: Any, **options: Any) -> Any
             if on_update is not None:
                 on_update(k, *seen)
 
-        return a3c_jax.replay(checkpoint.config, schedule, on_update=update, **options, **objects)
+        return a3c_jax.replay(
+            checkpoint.config,
+            schedule,
+            on_update=update,
+            single_kernel=checkpoint.single_kernel,
+            **options,
+            **objects,
+        )
 
 
 def _show_update(checkpoint: Any, until: int, objects: Any) -> None:

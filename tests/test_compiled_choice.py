@@ -1,14 +1,16 @@
 """The choice between a single kernel and plain compilation: by a rule where it is certain, and by timing elsewhere."""
 
+import functools
 import os
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from a3c_jax import _compiled
-from a3c_jax._compiled import choice, single_kernel
+from a3c_jax._compiled import choice
+from a3c_jax._compiled import single_kernel as single_kernel_module
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("A3C_JAX_PLAIN") == "1" or jax.default_backend() != "cpu",
@@ -31,15 +33,25 @@ def two_layers(x, w):
     return jnp.tanh(jnp.tanh(x @ w) @ w)
 
 
-def record_what_is_compiled(monkeypatch, single_is_faster):
+def compiled(function, *arguments, single_is_faster=True, single_kernel=None, **ways):
+    """Whether a program becomes a single kernel, and what was done to find out."""
     made = []
-    for name in ("compile_into_single_kernel", "compile_plainly"):
-        function = getattr(single_kernel, name)
-        monkeypatch.setattr(
-            choice, name, lambda *a, f=function, n=name: made.append(n.split("_")[-1]) or f(*a)
-        )
-    monkeypatch.setattr(choice, "is_faster", lambda *_: made.append("timed") or single_is_faster)
-    return made
+
+    def recorded(name, compile_it):
+        return lambda *given: made.append(name) or compile_it(*given)
+
+    ways = choice.Ways(
+        into_single_kernel=recorded("single", single_kernel_module.compile_into_single_kernel),
+        plainly=recorded("plain", single_kernel_module.compile_plainly),
+        is_faster=recorded("timed", lambda *_: single_is_faster),
+    )._replace(**ways)
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    structure = jax.tree.structure(shapes)
+    run, is_single = choice.compile_program(
+        program, structure, list(arguments), single_kernel, ways
+    )
+    chex.assert_trees_all_close(run(*arguments), function(*arguments), rtol=1e-4)
+    return is_single, made
 
 
 def loop_of(width):
@@ -47,32 +59,30 @@ def loop_of(width):
     return scan, x, w
 
 
-@pytest.mark.parametrize("single_is_faster", [True, False])
-def test_a_segment_with_thin_products_is_compiled_once_and_others_twice_and_timed(
-    single_is_faster, monkeypatch
-):
-    made = record_what_is_compiled(monkeypatch, single_is_faster)
-    assert _compiled.compile(*loop_of(8)).in_single_kernel
-    assert made == ["kernel"]
-    made.clear()
-    assert _compiled.compile(*loop_of(16)).in_single_kernel == single_is_faster
-    assert made == ["kernel", "plainly", "timed"]
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_segment_with_thin_products_is_compiled_once_and_others_twice_and_timed(faster):
+    assert compiled(*loop_of(8), single_is_faster=faster) == (True, ["single"])
+    expected = (faster, ["single", "plain", "timed"])
+    assert compiled(*loop_of(16), single_is_faster=faster) == expected
 
 
-def test_a_program_without_a_loop_or_with_large_products_is_compiled_plainly(monkeypatch):
-    made = record_what_is_compiled(monkeypatch, True)
-    assert not _compiled.compile(two_layers, X, W).in_single_kernel
-    monkeypatch.setattr(choice, "MOST_WORK", 1000)
-    assert not _compiled.compile(*loop_of(16)).in_single_kernel
-    assert made == ["plainly", "plainly"]
+def test_a_program_without_a_loop_or_with_large_products_is_compiled_plainly():
+    assert compiled(two_layers, X, W) == (False, ["plain"])
+    assert compiled(*loop_of(16), most_work=1000) == (False, ["plain"])
 
 
-@pytest.mark.parametrize("single_kernel", [True, False])
-def test_the_caller_may_decide(single_kernel, monkeypatch):
-    made = record_what_is_compiled(monkeypatch, not single_kernel)
-    compiled = _compiled.compile(*loop_of(16), single_kernel=single_kernel)
-    assert compiled.in_single_kernel == single_kernel
-    assert made == ["kernel" if single_kernel else "plainly"]
+@pytest.mark.parametrize("wish", [True, False])
+def test_the_caller_may_decide(wish):
+    result = compiled(*loop_of(16), single_is_faster=not wish, single_kernel=wish)
+    assert result == (wish, ["single" if wish else "plain"])
+
+
+def test_what_xla_refuses_after_all_is_compiled_plainly():
+    into_single_kernel = functools.partial(
+        single_kernel_module.compile_into_single_kernel, xla_cpu_an_option_of_another_version=True
+    )
+    result = compiled(*loop_of(8), into_single_kernel=into_single_kernel, single_kernel=True)
+    assert result == (False, ["plain"])
 
 
 def test_of_two_functions_the_faster_is_found():

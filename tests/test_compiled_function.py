@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from a3c_jax import A3CConfig, _compiled
-from a3c_jax._compiled import function as function_module
 from a3c_jax._compiled import process
+from a3c_jax._compiled.function import threads_at_once
 from a3c_jax.blueprint import make_blueprint
 from a3c_jax.optimizers import make_updater
 
@@ -146,24 +146,24 @@ def test_an_error_of_the_function_itself_is_raised():
 def test_arguments_and_earlier_results_stay_as_they_were(compiled):
     given = arguments()
     first = compiled(*given)
-    bits = [np.array(x[0]) for x in first[:2]]
+    bits = [np.array(x.vector) for x in first[:2]]
     for _ in range(5):
         compiled(*first[:2], 0.5)
     for result, before in zip(first[:2], bits, strict=True):
-        np.testing.assert_array_equal(result[0], before)
+        np.testing.assert_array_equal(result.vector, before)
     chex.assert_trees_all_equal(given[0], arguments()[0])
 
 
 def test_several_threads_each_get_their_own_results(compiled):
     params, state, _ = arguments()
     inputs = [compiled(params, state, float(n))[:2] for n in range(4)]
-    expected = [np.array(compiled(*given, 0.5)[0][0]) for given in inputs]
+    expected = [np.array(compiled(*given, 0.5)[0].vector) for given in inputs]
     errors, done = [], []
 
     def work(n):
         try:
             for _ in range(100):
-                np.testing.assert_array_equal(compiled(*inputs[n], 0.5)[0][0], expected[n])
+                np.testing.assert_array_equal(compiled(*inputs[n], 0.5)[0].vector, expected[n])
             done.append(n)
         except BaseException as error:
             errors.append(error)
@@ -203,24 +203,22 @@ def test_compiled_for_few_calls_it_computes_the_same():
 
 @pytest.mark.parametrize(
     ("seconds", "cores", "expected"),
-    [(70e-6, 4, 2), (230e-6, 4, 3), (900e-6, 4, 4), (10e-6, 1, 1), (1e-3, 16, 12), (0.1, 16, 16)],
+    [(70e-6, 4, 2), (230e-6, 4, 3), (900e-6, 4, 4), (10e-6, 3, 2), (1e-3, 16, 12), (0.1, 16, 16)],
 )
 def test_short_calls_leave_room_for_fewer_threads_than_cores(seconds, cores, expected):
-    assert function_module.threads_at_once(seconds, cores) == expected
+    assert threads_at_once(64, cores, lambda: seconds) == expected
 
 
-@pytest.mark.parametrize(
-    ("single", "cores", "num_threads", "expected"),
-    [(False, 4, 16, None), (True, 2, 16, 2), (True, 4, 2, 4), (True, 4, 16, 3)],
-)
-def test_only_a_single_kernel_limits_how_many_threads_call_it(
-    single, cores, num_threads, expected, monkeypatch
-):
-    compiled = function_module.CompiledFunction()
-    compiled.in_single_kernel = single
-    monkeypatch.setattr(function_module, "available_cores", lambda: cores)
-    monkeypatch.setattr(compiled, "_seconds", lambda arguments: 230e-6, raising=False)
-    assert compiled.max_concurrent_calls(num_threads) == expected
+@pytest.mark.parametrize(("cores", "num_threads"), [(2, 16), (4, 2)])
+def test_nothing_is_timed_if_there_are_no_more_than_two_threads_or_cores(cores, num_threads):
+    assert threads_at_once(num_threads, cores, lambda: pytest.fail("timed")) == cores
+
+
+def test_only_a_single_kernel_limits_how_many_threads_call_it():
+    for single_kernel in (True, False):
+        compiled = _compiled.compile(step, *arguments(), single_kernel=single_kernel)
+        limit = compiled.max_concurrent_calls(64, *arguments())
+        assert (limit is not None) == single_kernel
 
 
 # What the machine room is for: the default configuration's worker step and its update.
@@ -254,7 +252,7 @@ def test_the_defaults_worker_step_is_a_single_kernel_and_its_update_is_not(defau
     bad = jax.tree.map(lambda x: x * jnp.nan, _compiled.unpack(results[0]))
     same, optimizer_state = update(bad, optimizer_state, moved, 0)
     assert not optimizer_state.finite
-    np.testing.assert_array_equal(same[0], moved[0])
+    np.testing.assert_array_equal(same.vector, moved.vector)
 
 
 def assert_equal_but_for_last_bits(actual, expected):
@@ -269,7 +267,7 @@ def assert_equal_but_for_last_bits(actual, expected):
 def test_a_segment_gives_the_same_bits_call_after_call(default):
     blueprint, params, state = default
     step = _compiled.compile(blueprint.worker_step, params, state)
-    first = [np.array(result[0]) for result in step(params, state)]
+    first = [np.array(result.vector) for result in step(params, state)]
     for _ in range(10):
         for result, before in zip(step(params, state), first, strict=True):
-            np.testing.assert_array_equal(result[0], before)
+            np.testing.assert_array_equal(result.vector, before)

@@ -52,6 +52,24 @@ def test_it_warns_if_jax_has_started_already():
     assert "JAX was already initialised when a3c_jax was imported" in errors
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["import a3c_jax.environments", "from a3c_jax import train", "import a3c_jax; a3c_jax.make"],
+)
+def test_the_warning_names_the_users_own_line(line, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(f"import jax.numpy as jnp\njnp.zeros(1) + 1\n\n{line}\n")
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0
+    assert "mine.py:4: RuntimeWarning: JAX was already initialised" in done.stderr
+
+
 @pytest.mark.parametrize("gone", ["the module", "its function"])
 def test_it_works_without_the_private_module_that_knows_whether_jax_has_started(gone):
     take_away = {
@@ -74,7 +92,7 @@ def test_results_are_there_when_a_call_returns(variables):
         "step = lambda x, n: (x @ x, {'a': x @ (x + n), 'b': n})\n"
         "x, n = jnp.ones((700, 700)) / 700, jnp.int32(1)\n"
         "compiled = _compiled.compile(step, x, n, single_kernel=False)\n"
-        "results = [jax.tree.leaves(compiled(x, n)) for _ in range(5)]\n"
+        "results = [[getattr(y, \"vector\", y) for y in compiled(x, n)] for _ in range(5)]\n"
         "print(json.dumps(all(x.is_ready() for x in jax.tree.leaves(results))))"
     )
     assert python(program, **variables)[0]

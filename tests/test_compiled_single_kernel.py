@@ -256,23 +256,6 @@ def test_what_cannot_be_one_kernel_is_known_beforehand_and_compiled_plainly(name
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("how", ["XLA refuses", "an option is unknown", "a mark is unknown"])
-def test_as_a_last_resort_it_is_compiled_plainly(how, monkeypatch):
-    if how == "XLA refuses":
-
-        def refuse(*_):
-            raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: Unhandled opcode")
-
-        monkeypatch.setattr(single_kernel, "_with_inputs_alive", refuse)
-    elif how == "an option is unknown":
-        monkeypatch.setitem(single_kernel._OPTIONS, "xla_cpu_an_option_of_another_version", True)
-    else:
-        monkeypatch.setattr(single_kernel, "set_xla_metadata", None)
-    compiled = _compiled.compile(gradients, X, W, single_kernel=True)
-    assert not compiled.in_single_kernel
-    assert_equal_but_for_last_bits(compiled(X, W), jax.jit(gradients)(X, W))
-
-
 def test_the_marks_end_with_the_compilation():
     compiled_both(lambda x: jnp.tanh(x), X)
     with xla_metadata.set_xla_metadata(after="yes"):

@@ -12,16 +12,16 @@ then, but for the tests of this subpackage, which are skipped.
 **Packing** (`packing.py`; always on). Passing an array between Python and a compiled call costs microseconds,
 however small the array is, and a worker's state has a dozen. So a tree of several arrays passes as one vector, which
 the compiled program takes apart, at no cost. The caller gets a `Packed`, whose fields can be read on the host one by
-one. It matters for small
-segments: with one environment for five steps a call takes 0.4 of the time, with 64 for 20 steps 0.85.
+one. It matters for small segments: with one environment for five steps a call takes 0.4 of the time, with 64 for 20
+steps 0.85.
 
 **A single kernel** (`single_kernel.py`; on if it is possible and pays, see below). XLA runs a program on a CPU as a
 graph of many small kernels, functions in machine code, and passes some of them to a pool of threads. (They have
 nothing to do with Pallas, nor with the weights that Flax calls kernels.) A small program spends most of its time in
 passing them. As a single kernel, the whole program is one function, which the calling thread runs from start to end.
-The default's segment takes 0.4 to 0.6 of the time then, with one thread as with two. It uses an experimental mark of XLA's.
-Some operations cannot be part of a kernel, and some make XLA end the process. So only programs whose operations are
-all on a list of tested ones are tried, and XLA is kept from noticing that an input does not matter, which it cannot
+The default's segment takes 0.4 to 0.6 of the time then, with one thread as with two. It uses an experimental mark of
+XLA's. Some operations cannot be part of a kernel, and some make XLA end the process. So only programs whose operations
+are all on a list of tested ones are tried, and XLA is kept from noticing that an input does not matter, which it cannot
 bear either. Every other program is compiled as `jax.jit` does.
 
 **Matrix products** (`products.py`; in single kernels). XLA's own matrix products cannot be part of a kernel, and the

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -29,7 +29,11 @@ _NUM_ROUNDS = 7
 
 
 def compile_program(
-    program: core.ClosedJaxpr, results: Any, inputs: list[Any], single_kernel: bool | None = None
+    program: core.ClosedJaxpr,
+    results: Any,
+    inputs: list[Any],
+    single_kernel: bool | None = None,
+    ways: "Ways | None" = None,
 ) -> tuple[Callable[..., Any], bool]:
     """Compiles a program.
 
@@ -43,26 +47,28 @@ def compile_program(
       results: the structure of its results, as `jax.tree.structure` gives it.
       inputs: an example of each of its inputs, which are trees.
       single_kernel: whether to make it a single kernel if that is possible; None lets it be decided.
+      ways: how to compile and to compare, for tests.
 
     Returns:
       A function from the inputs to the results, compiled for inputs like the examples, and whether it is a single
       kernel.
     """
+    ways = ways or Ways()
     if single_kernel is None:
         work = list(products(program.jaxpr))
-        tries = has_loop(program.jaxpr) and sum(size for size, _ in work) <= MOST_WORK
+        tries = has_loop(program.jaxpr) and sum(size for size, _ in work) <= ways.most_work
         is_certain = all(is_thin for _, is_thin in work)
     else:
         tries, is_certain = single_kernel, True
     if tries and can_be_single_kernel(program):
-        compiled = compile_into_single_kernel(program, results, inputs)
+        compiled = ways.into_single_kernel(program, results, inputs)
         if compiled is not None and is_certain:
             return compiled, True
-        plain = compile_plainly(program, results, inputs)
-        if compiled is not None and is_faster(compiled, plain, inputs):
+        plain = ways.plainly(program, results, inputs)
+        if compiled is not None and ways.is_faster(compiled, plain, inputs):
             return compiled, True
         return plain, False
-    return compile_plainly(program, results, inputs), False
+    return ways.plainly(program, results, inputs), False
 
 
 def is_faster(one: Callable[..., Any], other: Callable[..., Any], inputs: list[Any]) -> bool:
@@ -86,6 +92,15 @@ def is_faster(one: Callable[..., Any], other: Callable[..., Any], inputs: list[A
         number = max(1, round(_ROUND_SECONDS / min(round_of(one, 1) for _ in range(3))))
         rounds = [(round_of(one, number), round_of(other, number)) for _ in range(_NUM_ROUNDS)]
     return sum(a < b for a, b in rounds) > _NUM_ROUNDS // 2
+
+
+class Ways(NamedTuple):
+    """How a program is compiled, and how the two ways are compared."""
+
+    into_single_kernel: Callable[..., Any] = compile_into_single_kernel
+    plainly: Callable[..., Any] = compile_plainly
+    is_faster: Callable[..., bool] = is_faster
+    most_work: int = MOST_WORK
 
 
 def has_loop(jaxpr: core.Jaxpr) -> bool:

@@ -20,7 +20,7 @@ def unpack(value: Any) -> Any:
         return value
     if value.layout not in _unpackers:
         _unpackers[value.layout] = compile_for_few_calls(value.layout.unpack)
-    return _unpackers[value.layout](value[0])
+    return _unpackers[value.layout](value.vector)
 
 
 def pack(value: Any, layout: Layout) -> Packed:
@@ -68,19 +68,24 @@ class CompiledFunction:
         """
         if not self.in_single_kernel:
             return None
-        cores = available_cores()
-        if min(cores, num_threads) <= 2:
-            return cores
-        return threads_at_once(self._seconds(arguments), cores)
+        return threads_at_once(num_threads, available_cores(), lambda: self._seconds(arguments))
 
     def _seconds(self, arguments: tuple[Any, ...]) -> float:
         """What a call takes while nobody else calls: the shortest of ten."""
         return min(choice.seconds(lambda: self(*arguments)) for _ in range(10))
 
 
-def threads_at_once(seconds: float, cores: int) -> int:
-    """How many threads may make calls of so many seconds, each a single kernel, at the same time."""
-    return min(cores, max(2, round(seconds / SECONDS_FOR_EACH_THREAD)))
+def threads_at_once(num_threads: int, cores: int, seconds: Callable[[], float]) -> int:
+    """How many of the threads may call a single kernel at the same time.
+
+    Args:
+      num_threads: how many threads there are.
+      cores: how many cores there are.
+      seconds: what a call takes.
+    """
+    if min(cores, num_threads) <= 2:
+        return cores
+    return min(cores, max(2, round(seconds() / SECONDS_FOR_EACH_THREAD)))
 
 
 class PlainFunction(CompiledFunction):
@@ -109,52 +114,105 @@ class VectorFunction(CompiledFunction):
         examples: tuple[Any, ...],
         single_kernel: bool | None = None,
     ) -> None:
-        layouts = [layout_of(example) for example in examples]
-        self._packed = [None if layout is None else layout.packed for layout in layouts]
+        self._layouts = [layout_of(example) for example in examples]
         self._types = tuple(
-            packed or type(x) for x, packed in zip(examples, self._packed, strict=True)
+            type(x) if layout is None else layout.packed
+            for x, layout in zip(examples, self._layouts, strict=True)
         )
         inputs = self._enter(examples)
-        program, shapes = jax.make_jaxpr(_over_vectors(function), return_shape=True)(*inputs)
-        self._execute, self.in_single_kernel = choice.compile_program(
+        over_vectors = _OverVectors(function, self._layouts)
+        program, shapes = jax.make_jaxpr(over_vectors, return_shape=True)(*inputs)
+        execute, self.in_single_kernel = choice.compile_program(
             program, jax.tree.structure(shapes), inputs, single_kernel
         )
-        self._wait = _wait_for(shapes)
+        if not process.calls_are_inline():
+            execute = _waiting(execute)
+        self._call = _caller(self._enter, self._types, execute, over_vectors.result_classes)
 
     def _enter(self, arguments: tuple[Any, ...]) -> list[Any]:
         """The arguments as the program takes them."""
         return [
-            x if packed is None or type(x) is packed else pack(unpack(x), packed.layout)
-            for x, packed in zip(arguments, self._packed, strict=True)
+            x
+            if layout is None
+            else (x if type(x) is layout.packed else pack(unpack(x), layout)).vector
+            for x, layout in zip(arguments, self._layouts, strict=True)
         ]
 
     def __call__(self, *arguments: Any) -> Any:
-        if tuple(map(type, arguments)) != self._types:
-            arguments = tuple(self._enter(arguments))
-        results = self._execute(*arguments)
-        self._wait(results)
-        return results
+        return self._call(*arguments)
 
 
-def _wait_for(results: Any) -> Callable[[Any], Any]:
-    """The cheapest function that waits for results like these. All results of a call come together."""
-    if process.calls_are_inline():
-        return lambda results: None
-    if type(results) is not tuple or not results or not isinstance(results[-1], Packed):
-        return jax.block_until_ready
-    return lambda results: results[-1][0].block_until_ready()
+def _waiting(execute: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which also waits for its results."""
+    return lambda *inputs: jax.block_until_ready(execute(*inputs))
 
 
-def _over_vectors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with packed trees in place of trees of several arrays."""
+_SOURCE = """
+def call({arguments}):
+    if {are_expected}:
+        {results} = execute({vectors})
+    else:
+        {results} = execute(*enter(({arguments})))
+    return {packed}
+"""
 
-    def pack(result: Any) -> Any:
+
+def _caller(
+    enter: Callable[..., Any], types: tuple[type, ...], execute: Callable[..., Any], classes: Any
+) -> Callable[..., Any]:
+    """Makes the function around a compiled program that takes the vectors out of its arguments and packs its results.
+
+    It is written out for the number and the types of its arguments and results, as `collections.namedtuple` writes
+    its methods, because a loop over them would take as long as a fifth of the compiled program of an update.
+    """
+    is_tuple = type(classes) is tuple
+    made = classes if is_tuple else (classes,)
+    x = [f"x{n}" for n in range(len(types))]
+    y = [f"y{n}" for n in range(len(made))]
+    packed = [n if c is None else f"class_{n}({n})" for n, c in zip(y, made, strict=True)]
+    values: dict[str, Any] = {"enter": enter, "execute": execute}
+    values |= {f"type_{n}": t for n, t in zip(x, types, strict=True)}
+    values |= {f"class_{n}": c for n, c in zip(y, made, strict=True)}
+    are_packed = [issubclass(t, Packed) for t in types]
+    source = _SOURCE.format(
+        arguments="".join(f"{n}, " for n in x),
+        are_expected=" and ".join(f"type({n}) is type_{n}" for n in x) or "True",
+        vectors=", ".join(f"{n}.vector" if p else n for n, p in zip(x, are_packed, strict=True)),
+        results="".join(f"{n}, " for n in y) if is_tuple and y else "y0",
+        packed=f"({''.join(f'{n}, ' for n in packed)})" if is_tuple else packed[0],
+    )
+    exec(source, values)
+    return values["call"]
+
+
+class _OverVectors:
+    """A function with vectors in place of trees of several arrays, for JAX to trace.
+
+    Attributes:
+      result_classes: for each result, once it is traced: the class of the packed tree, or None if the result
+        passes as it is. One alone if the function does not return a tuple.
+    """
+
+    def __init__(self, function: Callable[..., Any], layouts: list[Layout | None]) -> None:
+        self._function, self._layouts = function, layouts
+        self.result_classes: Any = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        results = self._function(
+            *(
+                x if layout is None else layout.unpack(x)
+                for x, layout in zip(inputs, self._layouts, strict=True)
+            )
+        )
+        if type(results) is not tuple:
+            result, self.result_classes = self._pack(results)
+            return result
+        pairs = list(map(self._pack, results))
+        self.result_classes = tuple(packed for _, packed in pairs)
+        return tuple(result for result, _ in pairs)
+
+    @staticmethod
+    def _pack(result: Any) -> tuple[Any, type[Packed] | None]:
         result = jax.tree.map(jnp.asarray, result)
         layout = layout_of(result)
-        return result if layout is None else layout.packed(layout.pack(result))
-
-    def over_vectors(*inputs: Any) -> Any:
-        results = function(*(x.layout.unpack(x[0]) if isinstance(x, Packed) else x for x in inputs))
-        return tuple(map(pack, results)) if type(results) is tuple else pack(results)
-
-    return over_vectors
+        return (result, None) if layout is None else (layout.pack(result), layout.packed)

@@ -6,7 +6,7 @@ instead. It is taken apart inside the compiled program, where slicing is free.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Layout:
         self._bounds = list(zip(ends[:-1], ends[1:], strict=True))
         self.size: int = ends[-1]
         self.readers = self._field_readers()
-        self.packed = _packed_class(self)
+        self.packed = packed_class(self)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
@@ -115,7 +115,7 @@ class Layout:
         shape, dtype = leaf.shape, leaf.dtype
         if dtype == np.bool_:
             if shape == ():
-                return lambda host: host[begin] != 0
+                return lambda host: host.item(begin) != 0
             return lambda host: host[begin:end].reshape(shape) != 0
         if dtype in (np.int32, np.uint32, np.float32):
             if shape == ():
@@ -148,30 +148,37 @@ def _field_reader(structure: Any, readers: list[Callable[..., Any]]) -> Callable
     return lambda host: jax.tree.unflatten(structure, [read(host) for read in readers])
 
 
-class _Vector(NamedTuple):
-    vector: Any
-
-
-class Packed(_Vector):
+class Packed:
     """A tree of arrays as one vector, on the device. `_compiled.unpack` gives the tree.
 
     Each layout has its own subclass. If the tree is a NamedTuple, its fields are attributes: NumPy arrays or
     numbers, read from the vector when they are asked for.
 
-    It is a NamedTuple itself because JAX takes those apart, and makes them, without a step of Python.
-
     Attributes:
       layout: where each leaf lies in the vector.
+      vector: the vector.
+      host: the vector on the host, fetched when it is first asked for.
     """
 
-    __slots__ = ()
+    __slots__ = ("host", "vector")
     layout: Layout
 
-    def __getattr__(self, name: str) -> Any:  # called only for what there is not
+    def __init__(self, vector: Array) -> None:
+        self.vector = vector
+
+    def block_until_ready(self) -> "Packed":
+        """Waits until it is computed."""
+        self.vector.block_until_ready()
+        return self
+
+    def __getattr__(self, name: str) -> Any:  # called only for what there is not yet
+        if name == "host":
+            self.host = np.asarray(self.vector)
+            return self.host
         raise AttributeError(f"a packed {self.layout.treedef} has no field {name!r}")
 
     def __reduce__(self) -> Any:
-        return _from_host, (np.asarray(self[0]), self.layout)
+        return _from_host, (self.host, self.layout)
 
     def __repr__(self) -> str:
         return f"Packed({self.layout.example()})"
@@ -181,11 +188,11 @@ def _from_host(vector: np.ndarray, layout: Layout) -> Packed:
     return layout.packed(jnp.asarray(vector))
 
 
-def _packed_class(layout: Layout) -> type[Packed]:
+def packed_class(layout: Layout) -> type[Packed]:
     """The class of the packed trees of one layout."""
 
     def field(read: Callable[[np.ndarray], Any]) -> property:
-        return property(lambda self: read(np.asarray(self[0])))  # JAX keeps what asarray gives
+        return property(lambda self: read(self.host))
 
     fields = {name: field(read) for name, read in layout.readers.items()}
     return type("Packed", (Packed,), {"__slots__": (), "layout": layout, **fields})

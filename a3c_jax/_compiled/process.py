@@ -1,6 +1,7 @@
 """Settings of the whole process: whether the machine room is on, and how JAX dispatches its calls on a CPU."""
 
 import os
+import sys
 import warnings
 
 import jax
@@ -45,12 +46,10 @@ def prepare_process() -> None:
     if switched_off() or os.environ.get(ASYNC_DISPATCH) == "1":
         return
     if _backend_has_started():
-        warnings.warn(
+        _warn_the_importer(
             "JAX was already initialised when a3c_jax was imported, so its calls on a CPU stay asynchronous, "
             "and A3C with small batches is several times slower. Import a3c_jax before the first JAX "
-            f"computation, or set {ASYNC_DISPATCH}=1 to accept this.",
-            RuntimeWarning,
-            stacklevel=3,
+            f"computation, or set {ASYNC_DISPATCH}=1 to accept this."
         )
         return
     global _inline
@@ -59,6 +58,23 @@ def prepare_process() -> None:
         _inline = True
     except AttributeError:  # a version of JAX that has no such setting
         pass
+
+
+def _warn_the_importer(message: str) -> None:
+    """Warns at the line outside this package whose import led here, because only the user can move that line."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+    module = frame.f_globals.get("__name__", "<unknown>")
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(
+        message, RuntimeWarning, frame.f_code.co_filename, frame.f_lineno, module, registry
+    )
+
+
+def _is_ours(module: str) -> bool:
+    """Whether a module is part of this package, or of the import system between it and the user."""
+    return module.partition(".")[0] in ("a3c_jax", "importlib")
 
 
 def _backend_has_started() -> bool:

@@ -33,12 +33,12 @@ _OPTIONS: dict[str, Any] = {
 
 
 def compile_into_single_kernel(
-    program: core.ClosedJaxpr, results: Any, inputs: list[Any]
+    program: core.ClosedJaxpr, results: Any, inputs: list[Any], **more_options: Any
 ) -> Callable[..., Any] | None:
     """Compiles a program into a single kernel; None if XLA refuses.
 
     Call it only with programs that `can_be_single_kernel` allows. XLA complains on stderr about others, and may
-    end the process. The arguments are those of `compile_program`.
+    end the process. The arguments are those of `compile_program`; `more_options` go to XLA as well.
     """
     function = core.jaxpr_as_fun(products.rewrite(program))
 
@@ -49,7 +49,9 @@ def compile_into_single_kernel(
         with set_xla_metadata(**_MARKS):
             return jax.jit(inside)(*leaves)
 
-    compiled = jax.jit(_over_trees(marked, program, results), compiler_options=_OPTIONS)
+    compiled = jax.jit(
+        _over_trees(marked, program, results), compiler_options=_OPTIONS | more_options
+    )
     try:
         jax.block_until_ready(compiled(*inputs))
     except (
@@ -151,18 +153,18 @@ _ALLOWED = frozenset(
         r"\w+",
         """
     abs acos acosh add add_any and argmax argmin asin asinh atan atan2 atanh bessel_i0e bessel_i1e
-    bitcast_convert_type broadcast_in_dim cbrt ceil checkpoint clamp clz concatenate cond conv_general_dilated
+    bitcast_convert_type broadcast_in_dim cbrt ceil clamp clz concatenate cond conv_general_dilated
     convert_element_type copy cos cosh cumlogsumexp cummax cummin cumprod cumsum custom_jvp_call
     custom_vjp_call digamma div dot_general dynamic_slice dynamic_update_slice empty empty2 eq eq_to erf
-    erf_inv erfc exp exp2 expm1 floor gather ge gt igamma igamma_grad_a igammac imag integer_pow iota
+    erf_inv erfc exp exp2 expm1 floor gather ge gt igamma igamma_grad_a igammac integer_pow iota
     is_finite jit le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg nextafter not
-    optimization_barrier or pad pjit polygamma population_count pow random_bits random_fold_in random_gamma
-    random_gamma_grad random_seed random_split random_unwrap random_wrap reduce_and reduce_max reduce_min
-    reduce_or reduce_precision reduce_prod reduce_sum reduce_xor regularized_incomplete_beta rem remat remat2
+    optimization_barrier or pad polygamma population_count pow random_bits random_fold_in random_gamma
+    random_seed random_split random_unwrap random_wrap reduce_and reduce_max reduce_min
+    reduce_or reduce_precision reduce_prod reduce_sum reduce_xor regularized_incomplete_beta rem remat2
     reshape rev round rsqrt scan select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh
     slice split sqrt square squeeze stack stop_gradient sub tan tanh threefry2x32 tile transpose unstack
     while xor zeta
     """,
     )
 )
-"""Names of the primitives that XLA can put into a kernel. Each was tried by itself, at the top and in a loop."""
+"""Names of the primitives that XLA can put into a kernel. A test tries each by itself."""

@@ -53,6 +53,7 @@ class Checkpoint(NamedTuple):
       best_mean_return: that mean, or None.
       seconds: time spent training.
       versions: of Python and of the libraries that made the run, and what else its last bits depend on.
+      single_kernel: whether its worker step was a single kernel; None in files of a3c_jax 0.1.
     """
 
     config: A3CConfig
@@ -66,6 +67,7 @@ class Checkpoint(NamedTuple):
     best_mean_return: float | None
     seconds: float
     versions: dict[str, str]
+    single_kernel: bool | None = None
 
     @property
     def version(self) -> int:
@@ -120,6 +122,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "skipped": checkpoint.skipped,
         "seconds": checkpoint.seconds,
         "versions": checkpoint.versions,
+        "single_kernel": checkpoint.single_kernel,
         "config": checkpoint.config.as_dict(),
     }
     header = {"what": _MAGIC, "format": FORMAT, "sha256": _checksum(run, payload), "run": run}
@@ -180,6 +183,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             best_mean_return=run["best_mean_return"],
             seconds=run["seconds"],
             versions=run["versions"],
+            single_kernel=run.get("single_kernel"),
         )
     except Exception as error:
         raise CheckpointError(

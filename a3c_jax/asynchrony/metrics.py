@@ -128,8 +128,7 @@ class Counters:
             self._log_episodes(update.worker, report.episodes)
 
     def _log_episodes(self, worker: int, episodes: Any) -> None:
-        ended, returns, lengths = (np.asarray(x) for x in episodes)
-        returns, lengths = returns[ended], lengths[ended]
+        returns, lengths = episodes
         steps, seconds = self.totals.environment_steps, self.seconds
         self._log.extend(len(returns), worker, returns, lengths, steps, seconds)
         self._recent.extend(returns.tolist())
@@ -182,6 +181,10 @@ class Report:
 
     Args:
       statistics: what the worker step returned, `a3c_jax.worker.Statistics`.
+
+    Attributes:
+      num_episodes: how many episodes ended.
+      episodes: their returns and their lengths, two vectors; None if there are none.
     """
 
     __slots__ = ("_statistics", "episodes", "num_episodes")
@@ -189,7 +192,10 @@ class Report:
     def __init__(self, statistics: Any) -> None:
         self._statistics = statistics
         self.num_episodes = int(statistics.num_episodes)
-        self.episodes = tuple(map(np.asarray, statistics.episodes)) if self.num_episodes else None
+        self.episodes: tuple[np.ndarray, np.ndarray] | None = None
+        if self.num_episodes:
+            ended, returns, lengths = map(np.asarray, statistics.episodes)
+            self.episodes = returns[ended], lengths[ended]
 
     @property
     def metrics(self) -> Any:

@@ -1,8 +1,7 @@
 """The store: the one set of parameters that all workers share, and the optimizer's state beside it."""
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -105,6 +104,55 @@ class NonFiniteError(ArithmeticError):
     """An update was refused because it holds a NaN or an infinity. The parameters are as before."""
 
 
+class Applying:
+    """One update of a store, around the block that runs as part of it; see `SharedParameters.applying`."""
+
+    __slots__ = ("_finite", "_gradients", "_new", "_pulled_version", "_store", "_worker")
+
+    def __init__(
+        self, store: "SharedParameters", gradients: Any, pulled_version: int, worker: int
+    ) -> None:
+        self._store = store
+        self._gradients = gradients
+        self._pulled_version = pulled_version
+        self._worker = worker
+
+    def __enter__(self) -> Update:
+        store = self._store
+        # The new parameters are computed before the lock is taken, because most of the time nobody else
+        # comes in between. If somebody did, they are computed again from what is there now.
+        basis = store._current
+        params, optimizer_state, finite = store._move(self._gradients, basis, self._worker)
+        store._lock.acquire()
+        try:
+            if basis is not store._current:
+                basis = store._current
+                params, optimizer_state, finite = store._move(self._gradients, basis, self._worker)
+            version = basis[0].version
+            if not finite and not store._skip_nonfinite:
+                raise NonFiniteError(
+                    f"the update of version {version} by worker {self._worker} has a NaN or an infinity "
+                    "in its gradients, or makes one of the parameters; lower the learning rate, "
+                    "or clip the gradients."
+                )
+        except BaseException:
+            store._lock.release()
+            raise
+        snapshot = Snapshot(params, version + 1)
+        self._new, self._finite = (snapshot, optimizer_state), finite
+        return Update(self._worker, version - self._pulled_version, snapshot)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        store = self._store
+        try:
+            if kind is None:
+                store._schedule.append(self._worker, self._pulled_version)
+                store._skipped += not self._finite
+                store._current = self._new
+        finally:
+            store._lock.release()
+
+
 class SharedParameters:
     """Parameters, optimizer state and version, replaced together under one lock.
 
@@ -161,9 +209,13 @@ class SharedParameters:
         with self.applying(gradients, pulled_version, worker) as update:
             return update.staleness
 
-    @contextlib.contextmanager
-    def applying(self, gradients: Any, pulled_version: int, worker: int = 0) -> Iterator[Update]:
+    def applying(self, gradients: Any, pulled_version: int, worker: int = 0) -> "Applying":
         """Moves the parameters along one worker's gradients, and runs a block as part of the update.
+
+        >>> store = SharedParameters(jax.numpy.zeros(2), optax.sgd(0.5))
+        >>> with store.applying(jax.numpy.ones(2), pulled_version=0) as update:
+        ...     print(update.staleness, update.snapshot.version)
+        0 1
 
         The block runs with the lock held, just before the update becomes visible. What it writes down
         therefore belongs to the same consistent moment of the run. If it raises, there is no update.
@@ -174,34 +226,16 @@ class SharedParameters:
           pulled_version: the version of the snapshot that the gradients were computed from.
           worker: who computed them.
 
-        Yields:
-          The update.
+        Returns:
+          A context manager, which gives the `Update`.
 
         Raises:
           ValueError: if `pulled_version` is not a version so far, or if there is no such worker.
-          NonFiniteError: if the gradients, or what the update makes of them, are not finite.
+          NonFiniteError: when the block is entered, if the gradients, or what the update makes of them,
+            are not finite.
         """
         self._check(pulled_version, worker)
-        # The new parameters are computed before the lock is taken, because most of the time nobody else
-        # comes in between. If somebody did, they are computed again from what is there now.
-        basis = self._current
-        params, optimizer_state, finite = self._move(gradients, basis, worker)
-        with self._lock:
-            if basis is not self._current:
-                basis = self._current
-                params, optimizer_state, finite = self._move(gradients, basis, worker)
-            version = basis[0].version
-            if not finite and not self._skip_nonfinite:
-                raise NonFiniteError(
-                    f"the update of version {version} by worker {worker} has a NaN or an infinity "
-                    "in its gradients, or makes one of the parameters; lower the learning rate, "
-                    "or clip the gradients."
-                )
-            snapshot = Snapshot(params, version + 1)
-            yield Update(worker, version - pulled_version, snapshot)
-            self._schedule.append(worker, pulled_version)
-            self._skipped += not finite
-            self._current = (snapshot, optimizer_state)
+        return Applying(self, gradients, pulled_version, worker)
 
     @property
     def optimizer_state(self) -> Any:

@@ -41,6 +41,11 @@ class Program:
     seconds: dict[str, float]
 
     @property
+    def single_kernel(self) -> bool:
+        """Whether the worker step is a single kernel, on which the last bits of a run depend."""
+        return bool(getattr(self.step, "in_single_kernel", False))
+
+    @property
     def environment(self) -> Environment:
         """What is played."""
         return self.blueprint.environment
@@ -88,7 +93,13 @@ class Program:
         return self.blueprint.evaluation_key(self.config.seed)
 
 
-def build(config: A3CConfig, *, environment: Any = None, network: Any = None) -> Program:
+def build(
+    config: A3CConfig,
+    *,
+    environment: Any = None,
+    network: Any = None,
+    single_kernel: bool | None = None,
+) -> Program:
     """Builds and compiles what a configuration describes.
 
     >>> from a3c_jax import A3CConfig, build, train
@@ -102,6 +113,9 @@ def build(config: A3CConfig, *, environment: Any = None, network: Any = None) ->
         gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`.
       network: what to train instead of the network that the configuration describes: a module like
         `a3c_jax.networks.ActorCritic`.
+      single_kernel: whether to compile the worker step into a single kernel, if that is possible; None takes
+        what is faster, which for some networks is found by timing. The two differ in the last bits, so that
+        a replay in another process needs what the run had (`TrainResult.single_kernel`).
 
     Returns:
       The program.
@@ -119,7 +133,7 @@ def build(config: A3CConfig, *, environment: Any = None, network: Any = None) ->
     params = init(seed, state.observation)
     set_up = time.perf_counter()
 
-    step = _compiled.compile(blueprint.worker_step, params, state)
+    step = _compiled.compile(blueprint.worker_step, params, state, single_kernel=single_kernel)
     gradients, _, _ = step(params, state)
     updater = compile_updater(
         make_updater(blueprint.optimizer(config.learning_rate)), params, gradients
@@ -142,14 +156,19 @@ def compile_updater(updater: Updater, params: Any, gradients: Any) -> Updater:
     return Updater(init, _compiled.compile(updater.update, gradients, init(params), params, 0))
 
 
-def as_program(config: A3CConfig | Program, environment: Any, network: Any) -> Program:
+def as_program(
+    config: A3CConfig | Program,
+    environment: Any,
+    network: Any,
+    single_kernel: bool | None = None,
+) -> Program:
     """A program as it is; a configuration built.
 
     Raises:
       ValueError: if a program is given together with an environment or a network.
     """
     if not isinstance(config, Program):
-        return build(config, environment=environment, network=network)
+        return build(config, environment=environment, network=network, single_kernel=single_kernel)
     if environment is not None or network is not None:
         raise ValueError(
             "environment and network belong to build, got them beside a Program, which is compiled "

@@ -21,6 +21,7 @@ def replay(
     environment: Any = None,
     network: Any = None,
     params: Any = None,
+    single_kernel: bool | None = None,
     until: int | None = None,
     on_update: Callable[[int, Snapshot, Any, dict[str, float]], None] | None = None,
 ) -> TrainResult:
@@ -42,6 +43,8 @@ def replay(
       environment: what the run played, if it was given as an object.
       network: what the run trained, if it was given as an object.
       params: the parameters that the run started from, if they were given.
+      single_kernel: the run's `TrainResult.single_kernel`, or its checkpoint's, if it was made in another
+        process; see `build`.
       until: how many updates to make; None makes all.
       on_update: called as `on_update(k, snapshot, gradients, metrics)` after update k, counted from zero,
         with the parameters that it led to, its gradients as a tree, and the metrics of its segment.
@@ -56,7 +59,7 @@ def replay(
     """
     if until is not None and until < 0:
         raise ValueError(f"until must be >= 0, got {until}; use None for all updates.")
-    program = as_program(config, environment, network)
+    program = as_program(config, environment, network, single_kernel)
     schedule.check(program.config.num_workers)
     workers, pulled_versions = (np.asarray(column)[:until].tolist() for column in schedule)
     run = Run(program, params)

@@ -50,6 +50,8 @@ class TrainResult(NamedTuple):
       wall_clock: seconds spent on `setup`, `compile` and `train`. The first two are those of building the
         program, which several runs may share.
       evaluation_key: a random key for evaluation, which no worker has used.
+      single_kernel: whether the worker step was compiled into a single kernel, which a replay in another
+        process has to do as well.
     """
 
     config: A3CConfig
@@ -68,6 +70,7 @@ class TrainResult(NamedTuple):
     stop_reason: str
     wall_clock: dict[str, float]
     evaluation_key: jax.Array
+    single_kernel: bool
 
 
 class Run:
@@ -170,6 +173,7 @@ class Run:
                 "train": seconds_of_training,
             },
             evaluation_key=self.program.evaluation_key(),
+            single_kernel=self.program.single_kernel,
         )
 
     def explain(self, error: WorkerError) -> None:
@@ -198,6 +202,7 @@ class Run:
             best_mean_return=best[0],
             seconds=seconds,
             versions=library_versions(),
+            single_kernel=self.program.single_kernel,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:

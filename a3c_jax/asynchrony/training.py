@@ -75,7 +75,8 @@ def train(
     with contextlib.ExitStack() as stack:
         for sink in sinks:
             stack.callback(sink.close)
-        program = as_program(config, environment, network)
+        single_kernel = None if resume is None else resume.single_kernel
+        program = as_program(config, environment, network, single_kernel)
         run = Run(program, params)
         if resume is not None:
             run.restore(resume)
