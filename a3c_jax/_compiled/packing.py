@@ -113,9 +113,11 @@ class Layout:
         """What reads a leaf from the vector on the host: a view, or a number, if that is possible."""
         leaf, (begin, end) = self.leaves[number], self._bounds[number]
         shape, dtype = leaf.shape, leaf.dtype
+        if shape == () and dtype == np.bool_:
+            return lambda host: host.item(begin) != 0
+        if shape == () and dtype == np.int32:
+            return lambda host: (host.item(begin) ^ 0x80000000) - 0x80000000
         if dtype == np.bool_:
-            if shape == ():
-                return lambda host: host.item(begin) != 0
             return lambda host: host[begin:end].reshape(shape) != 0
         if dtype in (np.int32, np.uint32, np.float32):
             if shape == ():
