@@ -28,6 +28,7 @@ class Program:
       start: `start(seed, worker)` gives a worker's initial state.
       max_concurrent_calls: how many threads should call the step at the same time, as a function of the
         number of threads and the step's arguments; None sets no limit.
+      single_kernel: whether the step is a single kernel, on which the last bits of a run depend.
       seconds: wall-clock seconds that building took, for `setup` and `compile`.
     """
 
@@ -38,12 +39,8 @@ class Program:
     init: Callable[[Any, Any], Any]
     start: Callable[[Any, Any], Any]
     max_concurrent_calls: Callable[..., int | None]
+    single_kernel: bool
     seconds: dict[str, float]
-
-    @property
-    def single_kernel(self) -> bool:
-        """Whether the worker step is a single kernel, on which the last bits of a run depend."""
-        return bool(getattr(self.step, "in_single_kernel", False))
 
     @property
     def environment(self) -> Environment:
@@ -146,6 +143,7 @@ def build(
         init=init,
         start=start,
         max_concurrent_calls=step.max_concurrent_calls,
+        single_kernel=step.in_single_kernel,
         seconds={"setup": set_up - began, "compile": time.perf_counter() - set_up},
     )
 
