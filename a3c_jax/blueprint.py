@@ -1,7 +1,8 @@
 """What a configuration describes, as pure functions, before anything is compiled or started."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -11,9 +12,13 @@ import optax
 from a3c_jax import environments, normalization, rollout
 from a3c_jax.checks import check_setup
 from a3c_jax.config import A3CConfig
+from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import ActorCritic, network_functions
 from a3c_jax.optimizers import make_optimizer
-from a3c_jax.worker import WorkerState, WorkerStep, make_worker_step
+from a3c_jax.own_checks import check_loss, check_optimizer, checked_loss
+from a3c_jax.worker import Loss, WorkerState, WorkerStep, make_worker_step
+
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
 
 
 class Blueprint(NamedTuple):
@@ -43,6 +48,8 @@ def make_blueprint(
     *,
     environment: Any = None,
     network: nn.Module | None = None,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Blueprint:
     """Makes what a configuration describes, but for its seed and its learning rate, which are arguments.
 
@@ -50,6 +57,9 @@ def make_blueprint(
       config: the configuration.
       environment: what to play instead of the environment that the configuration names.
       network: what to train instead of the network that the configuration describes.
+      loss: what to minimise instead of A3C's loss: `loss(params, apply_fn, trajectory) -> (scalar, metrics)`.
+      optimizer: an optax transformation of the parameter tree instead of the optimizer that the configuration
+        describes, or a function that makes one of the learning rate.
 
     Raises:
       ValueError: if the environment is unknown or not supported, or if configuration, environment and network
@@ -69,26 +79,44 @@ def make_blueprint(
         environment_given=environment_given,
         network_given=network_given,
     )
+    if optimizer is not None:
+        check_optimizer(config, optimizer)
+    loss_given = loss is not None
+    if loss is not None:
+        check_loss(config, loss)
+        loss = checked_loss(loss)
+    else:
+        loss = functools.partial(
+            a3c_loss,
+            discount=config.discount,
+            critic_cost=config.critic_cost,
+            entropy_cost=config.entropy_cost,
+            lambda_=config.gae_lambda,
+        )
     worker_step = make_worker_step(
         environment,
         network,
+        loss=loss,
         t_max=config.t_max,
         discount=config.discount,
-        critic_cost=config.critic_cost,
-        entropy_cost=config.entropy_cost,
-        lambda_=config.gae_lambda,
         reward_clip=config.reward_clip,
         terminal_reward=config.terminal_reward,
     )
-    return Blueprint(
+    blueprint = Blueprint(
         environment=environment,
         network=network,
         worker_step=worker_step,
         start=_make_start(config, environment, network),
         init=_make_init(config, environment, network),
-        optimizer=lambda learning_rate: _make_optimizer(config, learning_rate),
+        optimizer=lambda learning_rate: _make_optimizer(config, learning_rate, optimizer),
         evaluation_key=lambda seed: _split_seed(seed)[2],
     )
+    if loss_given:  # traced once, so that its errors come before anything is compiled
+        seed, worker = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
+        state = jax.eval_shape(blueprint.start, seed, worker)
+        params = jax.eval_shape(blueprint.init, seed, state.observation)
+        jax.eval_shape(worker_step, params, state)
+    return blueprint
 
 
 def _describe_network(config: A3CConfig, environment: environments.Environment) -> ActorCritic:
@@ -147,7 +175,19 @@ def _make_init(
     return init
 
 
-def _make_optimizer(config: A3CConfig, learning_rate: Any) -> optax.GradientTransformation:
+def _make_optimizer(
+    config: A3CConfig, learning_rate: Any, own: Optimizer | None
+) -> optax.GradientTransformation:
+    if own is None:
+        optimizer = _describe_optimizer(config, learning_rate)
+    else:
+        optimizer = own if isinstance(own, optax.GradientTransformation) else own(learning_rate)
+    if config.normalize_observations or config.normalize_rewards:
+        return normalization.merge_statistics(optimizer)
+    return optimizer
+
+
+def _describe_optimizer(config: A3CConfig, learning_rate: Any) -> optax.GradientTransformation:
     is_linear = config.learning_rate_schedule == "linear"
     optimizer = make_optimizer(
         config.optimizer,
@@ -162,10 +202,7 @@ def _make_optimizer(config: A3CConfig, learning_rate: Any) -> optax.GradientTran
     )
     # These optimizers treat every number alike, so that one vector gives the same update as the tree
     # of many small arrays, in less time.
-    optimizer = optax.flatten(optimizer)
-    if config.normalize_observations or config.normalize_rewards:
-        return normalization.merge_statistics(optimizer)
-    return optimizer
+    return optax.flatten(optimizer)
 
 
 def _split_seed(seed: Any) -> tuple[jax.Array, jax.Array, jax.Array]:

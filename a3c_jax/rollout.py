@@ -26,6 +26,8 @@ class Trajectory(NamedTuple):
       observation_t: what followed, before any reset, like `observation_tm1`.
       carry: what a recurrent network remembered at the segment's start, a tree of `[N, ...]`; `()` for a
         feed-forward network.
+      log_prob_tm1: the log-probability of the action under the policy that chose it, `[T, N]` float32, in nats.
+        A loss that compares that policy with the current one reads it. Computing it costs nothing if nobody does.
     """
 
     observation_tm1: Any
@@ -35,6 +37,7 @@ class Trajectory(NamedTuple):
     truncated_t: Array
     observation_t: Any
     carry: Any = ()
+    log_prob_tm1: Any = ()
 
 
 class Episodes(NamedTuple):
@@ -93,7 +96,7 @@ def start(environment: Environment, key: Array, num_envs: int, carry: Any = ()) 
 
 def unroll(
     environment: Environment,
-    policy: Callable[[Array, Any, Any], tuple[Array, Any]],
+    policy: Callable[[Array, Any, Any], tuple[Array, Array, Any]],
     state: RolloutState,
     num_steps: int,
     fresh_carry: Any = (),
@@ -102,7 +105,7 @@ def unroll(
 
     Args:
       environment: what to play.
-      policy: `policy(key, observation, carry) -> (action, carry)`, on `[N, ...]`.
+      policy: `policy(key, observation, carry) -> (action, log_prob, carry)`, on `[N, ...]`.
       state: the state at the segment's start.
       num_steps: T, a Python integer.
       fresh_carry: the carry at an episode's start. Where an episode ends, the carry is reset to it.
@@ -115,7 +118,7 @@ def unroll(
 
     def step(state: RolloutState, key: Array) -> tuple[RolloutState, tuple[Trajectory, Episodes]]:
         action_key, environment_key = jax.random.split(key)
-        action, carry = policy(action_key, state.observation, state.carry)
+        action, log_prob, carry = policy(action_key, state.observation, state.carry)
         transition = environment.step(environment_key, state.environment, action)
         ended = transition.terminated | transition.truncated
         episode_return = state.episode_return + transition.reward
@@ -127,6 +130,7 @@ def unroll(
             terminated_t=transition.terminated,
             truncated_t=transition.truncated,
             observation_t=transition.final_observation,
+            log_prob_tm1=log_prob,
         )
         next_state = state._replace(
             environment=transition.state,

@@ -12,18 +12,20 @@ import jax.numpy as jnp
 
 from a3c_jax import normalization, rollout
 from a3c_jax.environments import Environment
-from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import network_functions, trajectory_apply
 
 Array = jax.Array
 WorkerState = rollout.RolloutState
+Loss = Callable[
+    [Any, Callable[[Any, Any], Any], rollout.Trajectory], tuple[Array, dict[str, Array]]
+]
 
 
 class Statistics(NamedTuple):
     """What a worker reports of a segment.
 
     Attributes:
-      metrics: the parts of the loss (`a3c_jax.losses.a3c_loss`) and `gradient_norm`, scalars by name.
+      metrics: what the loss reports of itself, and `gradient_norm`, scalars by name.
       episodes: the episodes that ended.
       num_episodes: how many episodes ended, a scalar, int32.
     """
@@ -40,11 +42,9 @@ def make_worker_step(
     environment: Environment,
     network: nn.Module,
     *,
+    loss: Loss,
     t_max: int,
     discount: float,
-    critic_cost: float,
-    entropy_cost: float,
-    lambda_: float = 1.0,
     reward_clip: float | None = None,
     terminal_reward: float | None = None,
 ) -> WorkerStep:
@@ -53,11 +53,10 @@ def make_worker_step(
     Args:
       environment: what to play.
       network: a module like `a3c_jax.networks.ActorCritic`.
+      loss: `loss(params, apply_fn, trajectory) -> (loss, metrics)`: the scalar that the worker minimises and
+        what to report about it, scalars by name. `a3c_jax.losses.a3c_loss` is one, and says what `apply_fn` is.
       t_max: the number of steps played in each environment between two updates.
-      discount: the discount factor gamma, per step.
-      critic_cost: the weight of the critic's loss.
-      entropy_cost: the weight of the entropy loss.
-      lambda_: the lambda of the returns: 1 is A3C, less is generalised advantage estimation.
+      discount: the discount factor gamma, per step, of the returns whose deviation normalises rewards.
       reward_clip: if given, the loss sees rewards clipped to [-reward_clip, reward_clip].
       terminal_reward: if given, the loss sees it as the reward of each step that terminated an episode.
 
@@ -68,9 +67,10 @@ def make_worker_step(
     apply_fn = trajectory_apply(network)
 
     def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, Statistics]:
-        def policy(key: Array, observation: Any, carry: Any) -> tuple[Array, Any]:
+        def policy(key: Array, observation: Any, carry: Any) -> tuple[Array, Array, Any]:
             distribution, carry = functions.act(params, observation, carry)
-            return distribution.sample(key), carry
+            action = distribution.sample(key)
+            return action, distribution.log_prob(action), carry
 
         fresh_carry = functions.initialize_carry(len(state.episode_return))
         state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max, fresh_carry)
@@ -91,17 +91,11 @@ def make_worker_step(
         if reward_clip is not None:
             reward_t = jnp.clip(reward_t, -reward_clip, reward_clip)
 
-        gradients, metrics = jax.grad(a3c_loss, has_aux=True)(
-            params,
-            apply_fn,
-            trajectory._replace(reward_t=reward_t),
-            discount=discount,
-            critic_cost=critic_cost,
-            entropy_cost=entropy_cost,
-            lambda_=lambda_,
+        gradients, metrics = jax.grad(loss, has_aux=True)(
+            params, apply_fn, trajectory._replace(reward_t=reward_t)
         )
         squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
-        metrics["gradient_norm"] = jnp.sqrt(sum(squares))
+        metrics = {**metrics, "gradient_norm": jnp.sqrt(sum(squares))}
         if segment_moments:
             gradients = {**gradients, normalization.STATISTICS: segment_moments}
         num_episodes = jnp.sum(episodes.ended, dtype=jnp.int32)

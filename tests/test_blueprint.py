@@ -1,5 +1,7 @@
 """What a configuration describes, built: the same each time, and each field where it belongs."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ from a3c_jax.blueprint import make_blueprint
 from a3c_jax.config import A3CConfig
 from a3c_jax.distributions import Categorical
 from a3c_jax.environments import Transition
+from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import ActorCritic
 from a3c_jax.optimizers import make_updater
 from a3c_jax.worker import make_worker_step
@@ -182,7 +185,14 @@ def test_the_worker_step_has_the_configurations_numbers():
     config = A3CConfig(num_workers=1, envs_per_worker=3, gae_lambda=0.4, **numbers)
     agent = initialize(config, environment=PROBE, network=Linear())
     expected = _compiled.compile_for_few_calls(
-        make_worker_step(PROBE, Linear(), lambda_=0.4, **numbers)
+        make_worker_step(
+            PROBE,
+            Linear(),
+            loss=functools.partial(
+                a3c_loss, discount=0.7, critic_cost=0.3, entropy_cost=0.2, lambda_=0.4
+            ),
+            **{name: numbers[name] for name in numbers if not name.endswith("cost")},
+        )
     )
     arguments = agent.params, agent.states[0]
     step = _compiled.compile_for_few_calls(agent.blueprint.worker_step)
@@ -277,7 +287,7 @@ def test_the_evaluation_key_is_none_that_the_network_or_a_worker_has_used():
     @jax.jit
     def play(state):
         def policy(key, observation, carry):
-            return jax.random.key_data(key)[None], carry
+            return jax.random.key_data(key)[None], (), carry
 
         return rollout.unroll(SHOWS_KEYS, policy, state, 3)[:2]
 

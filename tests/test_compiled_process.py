@@ -92,7 +92,7 @@ def test_results_are_there_when_a_call_returns(variables):
         "step = lambda x, n: (x @ x, {'a': x @ (x + n), 'b': n})\n"
         "x, n = jnp.ones((700, 700)) / 700, jnp.int32(1)\n"
         "compiled = _compiled.compile(step, x, n, single_kernel=False)\n"
-        "results = [[getattr(y, \"vector\", y) for y in compiled(x, n)] for _ in range(5)]\n"
+        'results = [[getattr(y, "vector", y) for y in compiled(x, n)] for _ in range(5)]\n'
         "print(json.dumps(all(x.is_ready() for x in jax.tree.leaves(results))))"
     )
     assert python(program, **variables)[0]

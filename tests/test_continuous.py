@@ -118,7 +118,7 @@ def test_the_loss_takes_the_log_probability_of_the_number_before_it_is_clipped()
     params = network.init(jax.random.key(1), state.observation)
 
     def policy(key, observation, carry):
-        return network.apply(params, observation, method="actor").sample(key), carry
+        return network.apply(params, observation, method="actor").sample(key), (), carry
 
     _, trajectory, _ = rollout.unroll(environment, policy, state, 3)
     assert np.abs(trajectory.action_tm1).max() > 1.0  # not those that the environment got

@@ -63,7 +63,7 @@ def test_the_gradients_are_those_of_the_loss_of_the_segment_that_was_played(segm
     def expected(params, state):
         def policy(key, observation, carry):
             distribution, carry = functions.act(params, observation, carry)
-            return distribution.sample(key), carry
+            return distribution.sample(key), (), carry
 
         trajectory = rollout.unroll(blueprint.environment, policy, state, 7)[1]
         apply_fn = trajectory_apply(blueprint.network)

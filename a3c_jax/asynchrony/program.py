@@ -95,6 +95,8 @@ def build(
     *,
     environment: Any = None,
     network: Any = None,
+    loss: Any = None,
+    optimizer: Any = None,
     single_kernel: bool | None = None,
 ) -> Program:
     """Builds and compiles what a configuration describes.
@@ -110,6 +112,10 @@ def build(
         gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`.
       network: what to train instead of the network that the configuration describes: a module like
         `a3c_jax.networks.ActorCritic`.
+      loss: what to minimise instead of A3C's loss: `loss(params, apply_fn, trajectory) -> (scalar, metrics)`,
+        like `a3c_jax.losses.a3c_loss`.
+      optimizer: an optax transformation of the parameter tree instead of the optimizer that the
+        configuration describes, or a function that makes one of the learning rate.
       single_kernel: whether to compile the worker step into a single kernel, if that is possible; None takes
         what is faster, which for some networks is found by timing. The two differ in the last bits, so that
         a replay in another process needs what the run had (`TrainResult.single_kernel`).
@@ -122,7 +128,9 @@ def build(
         configuration do not fit together.
     """
     began = time.perf_counter()
-    blueprint = make_blueprint(config, environment=environment, network=network)
+    blueprint = make_blueprint(
+        config, environment=environment, network=network, loss=loss, optimizer=optimizer
+    )
     init = _compiled.compile_for_few_calls(blueprint.init)
     start = _compiled.compile_for_few_calls(blueprint.start)
     seed = np.uint32(config.seed)
@@ -155,21 +163,19 @@ def compile_updater(updater: Updater, params: Any, gradients: Any) -> Updater:
 
 
 def as_program(
-    config: A3CConfig | Program,
-    environment: Any,
-    network: Any,
-    single_kernel: bool | None = None,
+    config: A3CConfig | Program, single_kernel: bool | None = None, **objects: Any
 ) -> Program:
-    """A program as it is; a configuration built.
+    """A program as it is; a configuration built, with the objects that `build` takes.
 
     Raises:
-      ValueError: if a program is given together with an environment or a network.
+      ValueError: if a program is given together with an object.
     """
     if not isinstance(config, Program):
-        return build(config, environment=environment, network=network, single_kernel=single_kernel)
-    if environment is not None or network is not None:
+        return build(config, single_kernel=single_kernel, **objects)
+    given = [name for name, value in objects.items() if value is not None]
+    if given:
         raise ValueError(
-            "environment and network belong to build, got them beside a Program, which is compiled "
-            "already; give them to build."
+            f"{' and '.join(given)} must not be given beside a Program, which is compiled already; give "
+            "them to build."
         )
     return config

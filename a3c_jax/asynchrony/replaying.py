@@ -20,6 +20,8 @@ def replay(
     *,
     environment: Any = None,
     network: Any = None,
+    loss: Any = None,
+    optimizer: Any = None,
     params: Any = None,
     single_kernel: bool | None = None,
     until: int | None = None,
@@ -42,6 +44,8 @@ def replay(
       schedule: the run's schedule, or any other: the asynchrony of one's choice.
       environment: what the run played, if it was given as an object.
       network: what the run trained, if it was given as an object.
+      loss: what the run minimised, if it was given.
+      optimizer: the run's optimizer, if it was given.
       params: the parameters that the run started from, if they were given.
       single_kernel: the run's `TrainResult.single_kernel`, or its checkpoint's, if it was made in another
         process; see `build`.
@@ -59,7 +63,14 @@ def replay(
     """
     if until is not None and until < 0:
         raise ValueError(f"until must be >= 0, got {until}; use None for all updates.")
-    program = as_program(config, environment, network, single_kernel)
+    program = as_program(
+        config,
+        single_kernel,
+        environment=environment,
+        network=network,
+        loss=loss,
+        optimizer=optimizer,
+    )
     schedule.check(program.config.num_workers)
     workers, pulled_versions = (np.asarray(column)[:until].tolist() for column in schedule)
     run = Run(program, params)

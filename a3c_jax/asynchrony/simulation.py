@@ -61,6 +61,8 @@ def make_simulation(
     *,
     environment: Any = None,
     network: Any = None,
+    loss: Any = None,
+    optimizer: Any = None,
 ) -> Simulate:
     """Makes a function that simulates whole runs: `simulate(seed, learning_rate, schedule)`.
 
@@ -83,6 +85,9 @@ def make_simulation(
         than this is kept.
       environment: what to play instead of the environment that the configuration names.
       network: what to train instead of the network that it describes.
+      loss: what to minimise instead of A3C's loss, as in `a3c_jax.build`.
+      optimizer: the optimizer to use instead of the one that the configuration describes, as in
+        `a3c_jax.build`. If it is no function of the learning rate, the learning rate has no effect.
 
     Returns:
       `simulate(seed, learning_rate, schedule) -> SimulationResult`, with a seed in `[0, 2**32)` and a
@@ -94,7 +99,9 @@ def make_simulation(
       ValueError: if `max_staleness` is negative, or if the environment is unknown or not supported.
     """
     check_int("max_staleness", max_staleness, 0)
-    blueprint = make_blueprint(config, environment=environment, network=network)
+    blueprint = make_blueprint(
+        config, environment=environment, network=network, loss=loss, optimizer=optimizer
+    )
     num_versions, skips = max_staleness + 1, config.nonfinite == "skip"
     run = jax.jit(_make_run(blueprint, config.num_workers, num_versions, skips))
 

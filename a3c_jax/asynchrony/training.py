@@ -33,6 +33,8 @@ def train(
     *,
     environment: Any = None,
     network: Any = None,
+    loss: Any = None,
+    optimizer: Any = None,
     params: Any = None,
     sinks: Sequence[Sink] = (),
     interval: float = 0.5,
@@ -51,6 +53,10 @@ def train(
         gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`.
       network: what to train instead of the network that the configuration describes: a module like
         `a3c_jax.networks.ActorCritic`.
+      loss: what to minimise instead of A3C's loss: `loss(params, apply_fn, trajectory) -> (scalar, metrics)`,
+        like `a3c_jax.losses.a3c_loss`.
+      optimizer: an optax transformation of the parameter tree instead of the optimizer that the
+        configuration describes, or a function that makes one of the learning rate.
       params: the parameters to start from; by default they are drawn with the configuration's seed.
       sinks: where to send rows of metrics. There are none by default, so that the call is silent. They
         are closed at the end, however the run ends.
@@ -76,7 +82,14 @@ def train(
         for sink in sinks:
             stack.callback(sink.close)
         single_kernel = None if resume is None else resume.single_kernel
-        program = as_program(config, environment, network, single_kernel)
+        program = as_program(
+            config,
+            single_kernel,
+            environment=environment,
+            network=network,
+            loss=loss,
+            optimizer=optimizer,
+        )
         run = Run(program, params)
         if resume is not None:
             run.restore(resume)

@@ -1,0 +1,91 @@
+"""Refuses a loss or an optimizer of one's own that cannot work, before anything is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from a3c_jax.config import A3CConfig
+
+_LOSS_FIELDS = ("critic_cost", "entropy_cost", "gae_lambda")
+_OPTIMIZER_FIELDS = (
+    "optimizer", "learning_rate_schedule", "adam_epsilon", "momentum", "rmsprop_decay", "rmsprop_epsilon",
+    "max_gradient_norm",
+)  # fmt: skip
+
+
+def check_loss(config: A3CConfig, loss: Any) -> None:
+    """Checks that a loss is a function and that no option of A3C's loss was set beside it.
+
+    Raises:
+      TypeError: if it is no function.
+      ValueError: if an option was set.
+    """
+    if not callable(loss):
+        raise TypeError(
+            "loss must be a function (params, apply_fn, trajectory) -> (scalar, metrics), got "
+            f"{loss!r}; give one like a3c_jax.losses.a3c_loss."
+        )
+    _check_defaults(config, _LOSS_FIELDS, "loss", "bind it to your loss with functools.partial")
+
+
+def checked_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss, with what it returns checked when it is traced.
+
+    Raises:
+      TypeError: if it returns no pair of a scalar float and a dict of scalars.
+    """
+
+    def checked(params: Any, apply_fn: Any, trajectory: Any) -> Any:
+        result = loss(params, apply_fn, trajectory)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(
+                "loss must return a pair (scalar, metrics), got "
+                f"{type(result).__name__}; return an empty dict if there are no metrics."
+            )
+        value, metrics = result
+        if jnp.shape(value) != ():
+            raise TypeError(
+                f"loss must return a scalar, got shape {list(jnp.shape(value))}; take the mean."
+            )
+        if not isinstance(metrics, dict) or any(jnp.shape(x) != () for x in metrics.values()):
+            raise TypeError(
+                "the metrics of loss must be a dict of scalars, got "
+                f"{jax.tree.map(jnp.shape, metrics)}; take means."
+            )
+        return result
+
+    return checked
+
+
+def check_optimizer(config: A3CConfig, optimizer: Any) -> None:
+    """Checks that an optimizer is one, and that no option of the built-in one was set beside it.
+
+    Raises:
+      TypeError: if it is neither an optax transformation nor a function of the learning rate that gives one.
+      ValueError: if an option was set.
+    """
+    made = optimizer
+    is_function = not isinstance(optimizer, optax.GradientTransformation) and callable(optimizer)
+    if is_function:
+        made = optimizer(config.learning_rate)
+    if not isinstance(made, optax.GradientTransformation):
+        raise TypeError(
+            "optimizer must be an optax transformation, or a function that makes one of the learning rate, "
+            f"got {made!r}; give optax.adam(1e-3), for instance."
+        )
+    fields = _OPTIMIZER_FIELDS if is_function else (*_OPTIMIZER_FIELDS, "learning_rate")
+    _check_defaults(config, fields, "optimizer", "build it into your optimizer")
+
+
+def _check_defaults(config: A3CConfig, fields: tuple[str, ...], what: str, remedy: str) -> None:
+    """Checks that options of the built-in `what` were left alone beside one that was passed in."""
+    for field in fields:
+        value, default = getattr(config, field), A3CConfig.__dataclass_fields__[field].default
+        if value != default:
+            raise ValueError(
+                f"A3CConfig.{field} belongs to the built-in {what} and must stay {default!r} beside "
+                f"{what}=..., got {value!r}; leave it out, and {remedy}."
+            )
