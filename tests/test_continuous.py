@@ -149,7 +149,7 @@ def test_a_target_is_learnt(bounds):
     result = train(config, environment=box)
     policy = greedy_policy(result.network)
     returns, _ = evaluate(policy, result.params, result.environment, result.evaluation_key, 8)
-    assert returns.mean() > -5.0  # random actions come to -17
+    assert returns.mean() > -8.0  # random actions get -17
 
 
 def test_pendulum_gets_torques_within_its_bounds_as_its_own_step_does():

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from a3c_jax.asynchrony.metrics import Counters, EpisodeLog, JsonLines, ProgressBar
+from a3c_jax.asynchrony.metrics import Counters, EpisodeLog, JsonLines, ProgressBar, Report
 from a3c_jax.asynchrony.parameters import Snapshot, Update
 from a3c_jax.rollout import Episodes
 from a3c_jax.worker import Statistics
@@ -34,7 +34,7 @@ def count(counters, returns, lengths=None, worker=0, staleness=0, **values):
     steps = np.full(len(ended), 88, np.int32)
     steps[ended] = 1 if lengths is None else lengths
     report = Statistics(values, Episodes(ended, padded, steps), np.int32(len(returns)))
-    counters.count(Update(worker, staleness, Snapshot(None, 0)), report)
+    counters.count(Update(worker, staleness, Snapshot(None, 0)), Report(report))
 
 
 def test_totals_are_exact():

@@ -20,6 +20,7 @@ from a3c_jax import (
     find_checkpoint,
     load_checkpoint,
 )
+from a3c_jax.asynchrony.metrics import Report
 from a3c_jax.asynchrony.run import Run
 
 DATA = Path(__file__).parent / "data" / "format1"
@@ -115,7 +116,7 @@ def go_on(run, schedule):
         worker, pulled = int(schedule.worker[k]), int(schedule.pulled_version[k])
         gradients, state, report = run.program.step(versions[pulled], run.states[worker])
         with run.store.applying(gradients, pulled, worker) as update:
-            run.on_update(update, report)
+            run.on_update(update, Report(report))
             run.states[worker] = state
         versions[k + 1] = run.store.pull().params
     return run.checkpoint()
