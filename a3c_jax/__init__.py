@@ -1,6 +1,6 @@
 """Asynchronous Advantage Actor-Critic (Mnih et al. 2016, arXiv:1602.01783) in functional JAX.
 
-A worker is a pure function; asynchrony is a thin shell around it. The package is a house of three storeys.
+A worker is a pure function; asynchrony is a thin shell around it. The package has three layers.
 
 **The algorithm**, pure functions: what you read to understand A3C. In this order:
 
@@ -22,13 +22,15 @@ A worker is a pure function; asynchrony is a thin shell around it. The package i
 | `optimizers`          | optimizers by name, and one update as a pure function                         |
 | `reset_check`         | whether an environment begins anew when an episode has ended                  |
 | `checks`              | set-ups that would train without learning, refused                            |
+| `own_checks`          | losses and optimizers of your own that cannot work, refused                   |
 | `blueprint`           | what a configuration describes, as pure functions                             |
 
 **The asynchrony**, `a3c_jax.asynchrony`: the store, the worker threads, training, replay, simulation,
 checkpoints. It takes a worker step as an opaque function.
 
-**The machine room**, `a3c_jax._compiled`: everything that exists only for speed on a CPU, behind one door.
-Nothing of it is needed to understand the rest, and all of it can be switched off.
+**The machine room**, `a3c_jax._compiled`: everything that exists only for speed on a CPU, entered only through
+`_compiled.compile` and a few functions beside it. Nothing of it is needed to understand the rest, and all
+of it can be switched off.
 
 A module imports only from those above it; a test reads the imports and holds the tables to that. The
 names below are imported when they are first used, so that `import a3c_jax.losses` loads JAX and little more.
@@ -91,8 +93,8 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = [
     "asynchrony", "blueprint", "cells", "checks", "config", "distributions", "environments",
-    "gymnax_environment", "losses", "networks", "normalization", "optimizers", "protocol", "reset_check",
-    "rollout", "torsos", "value_losses", "worker",
+    "gymnax_environment", "losses", "networks", "normalization", "optimizers", "own_checks", "protocol",
+    "reset_check", "rollout", "torsos", "value_losses", "worker",
 ]  # fmt: skip
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

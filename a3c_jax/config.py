@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 Optimizer = Literal["adam", "momentum", "shared_rmsprop", "rmsprop"]
-Schedule = Literal["constant", "linear"]
+LearningRateSchedule = Literal["constant", "linear"]
 NonFinite = Literal["stop", "skip"]
 Torso = Literal["auto", "mlp", "conv"]
 Core = Literal["lstm", "gru"]
@@ -105,7 +105,7 @@ class A3CConfig:
 
     optimizer: Optimizer = "adam"
     learning_rate: float = 2e-3
-    learning_rate_schedule: Schedule = "constant"
+    learning_rate_schedule: LearningRateSchedule = "constant"
     adam_epsilon: float = 1e-5
     momentum: float = 0.9
     rmsprop_decay: float = 0.99
@@ -267,7 +267,7 @@ _RULES = {
     "terminal_reward": _optional(_number(_FINITE, "None for the environment's own")),
     "optimizer": _choice(Optimizer),
     "learning_rate": _number(_POSITIVE, "2e-3", lambda x: x > 0),
-    "learning_rate_schedule": _choice(Schedule),
+    "learning_rate_schedule": _choice(LearningRateSchedule),
     "adam_epsilon": _number(_POSITIVE, "1e-5", lambda x: x > 0),
     "momentum": _number(_DECAY, "0.9", lambda x: 0 <= x < 1),
     "rmsprop_decay": _number(_DECAY, "0.99", lambda x: 0 <= x < 1),

@@ -75,6 +75,8 @@ class ActorCritic(nn.Module):
         object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
         if not isinstance(self.observation_ndim, int):
             object.__setattr__(self, "observation_ndim", tuple(self.observation_ndim))
+        if self.torso not in ("mlp", "conv"):
+            raise ValueError(f"torso must be 'mlp' or 'conv', got {self.torso!r}; use 'mlp'.")
         super().__post_init__()
 
     @property

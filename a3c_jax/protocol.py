@@ -58,5 +58,5 @@ class Environment(Protocol):
         ...
 
     def random_action(self, key: Array, num_envs: int) -> Array:
-        """Draws actions uniformly."""
+        """Draws actions uniformly. Only `a3c_jax.random_policy` needs it."""
         ...

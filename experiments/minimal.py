@@ -72,7 +72,7 @@ def worker_step(params: Any, states: Any) -> tuple[Any, Any, dict[str, jax.Array
 def train(seed: int = 0, solved: float = 475.0, max_updates: int = 20_000) -> tuple[float, int]:
     """Trains until the last 100 episodes have the mean return `solved`; returns it and the steps."""
     keys = jax.random.split(jax.random.key(seed), 2 + NUM_WORKERS)
-    obs, _ = env.reset(keys[0])
+    obs = jnp.zeros(4)  # only its shape matters
     params = {"actor": actor.init(keys[0], obs), "critic": critic.init(keys[1], obs)}
     shared = TrainState.create(apply_fn=None, params=params, tx=optimizer)
     lock, returns = threading.Lock(), deque[float](maxlen=100)

@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
     failure = parsed.run / "failure.json"
     if failure.exists():
         failed = json.loads(failure.read_text(encoding="utf-8"))
-        if _fails_again(checkpoint, failed, objects):
+        if failed["pulled_version"] is None:
+            print("the run failed before its worker had pulled parameters; up to there:")
+        elif _fails_again(checkpoint, failed, objects):
             return
         print("the update that failed in the run does not fail when it is repeated; up to it:")
     _compare(checkpoint, _replay(checkpoint, checkpoint.schedule, objects))

@@ -497,3 +497,13 @@ def test_the_command_finds_a_run_that_failed_for_another_reason_identical_up_to_
     code, output = run_replay(tmp_path / "run", environment=WALK)
     assert (code, "identical:" in output) == (0, True), output
     assert "does not fail when it is repeated" in output
+
+
+def test_a_step_that_raises_fails_as_it_does_in_a_run():
+    def broken(params, state):
+        raise ArithmeticError("broken")
+
+    built = dataclasses.replace(program(small()), step=broken)
+    with pytest.raises(WorkerError, match="worker 0 failed with ArithmeticError: broken") as caught:
+        a3c_jax.replay(built, a3c_jax.fixed_delay(0, num_updates=2))
+    assert (caught.value.pulled_version, caught.value.result.version) == (0, 0)

@@ -459,3 +459,9 @@ def test_an_error_of_a_worker_leaves_a_run_that_goes_on(tmp_path):
     checkpoint = find_checkpoint(tmp_path)
     assert checkpoint.version == 38
     assert_equal_runs(train(config, resume=checkpoint), train(config))
+
+
+def test_parameters_beside_a_checkpoint_are_refused(tmp_path):
+    result = train(small(max_steps=16), checkpoints=CheckpointFolder(tmp_path))
+    with pytest.raises(ValueError, match="params must not be given with resume"):
+        a3c_jax.train(result.config, params=result.params, resume=find_checkpoint(tmp_path))

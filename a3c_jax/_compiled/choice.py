@@ -55,7 +55,7 @@ def compile_program(
     """
     ways = ways or Ways()
     if single_kernel is None:
-        work = list(products(program.jaxpr))
+        work = list(matrix_products(program.jaxpr))
         tries = has_loop(program.jaxpr) and sum(size for size, _ in work) <= ways.most_work
         is_certain = all(is_thin for _, is_thin in work)
     else:
@@ -111,7 +111,7 @@ def has_loop(jaxpr: core.Jaxpr) -> bool:
     )
 
 
-def products(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[int, bool]]:
+def matrix_products(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[int, bool]]:
     """Each matrix product and convolution: its multiplications in all, and whether it is thin."""
     equation: Any
     for equation in jaxpr.eqns:
@@ -130,7 +130,7 @@ def products(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[int, bool]]:
             yield times * size * (weights.size // channels), False
         length = equation.params.get("length", 1) if name == "scan" else 1
         for inner in inner_programs(equation):
-            yield from products(inner, times * length)
+            yield from matrix_products(inner, times * length)
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -59,10 +59,6 @@ class Layout:
         """The tree with a `jax.ShapeDtypeStruct` in place of each array."""
         return jax.tree.unflatten(self.treedef, self.leaves)
 
-    def vector(self) -> jax.ShapeDtypeStruct:
-        """Shape and type of the vector."""
-        return jax.ShapeDtypeStruct((self.size,), self.dtype)
-
     def pack(self, tree: Any) -> Array:
         """The tree as one vector. May be traced.
 

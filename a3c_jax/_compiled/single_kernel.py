@@ -54,9 +54,8 @@ def compile_into_single_kernel(
     )
     try:
         jax.block_until_ready(compiled(*inputs))
-    except (
-        Exception
-    ):  # if it is the program's own, it is raised again when that is compiled plainly
+    except Exception:
+        # If it is the program's own, it is raised again when that is compiled plainly.
         return None
     return compiled
 

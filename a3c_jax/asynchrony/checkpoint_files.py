@@ -53,7 +53,8 @@ class Checkpoint(NamedTuple):
       best_mean_return: that mean, or None.
       seconds: time spent training.
       versions: of Python and of the libraries that made the run, and what else its last bits depend on.
-      single_kernel: whether its worker step was a single kernel; None in files of a3c_jax 0.1.
+      single_kernel: whether its worker step was a single kernel; None in files written before this field
+        existed.
     """
 
     config: A3CConfig

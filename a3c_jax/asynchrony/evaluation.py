@@ -82,7 +82,7 @@ def evaluate(
     """
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be >= 1, got {num_episodes}; use 100.")
-    returns, lengths = _play(policy, environment, num_episodes, params, key)
+    returns, lengths = _run_episodes(policy, environment, num_episodes, params, key)
     return Evaluation(np.asarray(returns), np.asarray(lengths))
 
 
@@ -109,7 +109,7 @@ class _Episodes(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _play(
+def _run_episodes(
     policy: Policy, environment: Environment, num_episodes: int, params: Any, key: Array
 ) -> tuple[Array, Array]:
     """The returns and lengths of the first episode of each environment."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.metrics import Report, segment_metrics
-from a3c_jax.asynchrony.parameters import NonFiniteError, Schedule, Snapshot
+from a3c_jax.asynchrony.parameters import Schedule, Snapshot
 from a3c_jax.asynchrony.program import Program, as_program
 from a3c_jax.asynchrony.run import Run, TrainResult
 from a3c_jax.asynchrony.threads import WorkerError
@@ -92,13 +92,14 @@ def replay(
 
 def _repeat_update(run: Run, worker: int, pulled_version: int, params: Any) -> tuple[Any, Any]:
     """Makes one update as a worker thread does; its gradients and its report."""
-    gradients, state, statistics = run.program.step(params, run.states[worker])
-    report = Report(statistics)
+    report = None
     try:
+        gradients, state, statistics = run.program.step(params, run.states[worker])
+        report = Report(statistics)
         with run.store.applying(gradients, pulled_version, worker) as update:
             run.on_update(update, report)
             run.states[worker] = state
-    except NonFiniteError as error:
+    except Exception as error:
         failure = WorkerError(worker, error, pulled_version, report)
         run.explain(failure)
         failure.result = run.finish("failed")

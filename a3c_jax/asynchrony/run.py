@@ -143,7 +143,7 @@ class Run:
             self.stop_reason = self.stop_reason or "max_episodes"
 
     def finish(self, stop_reason: str) -> TrainResult:
-        """Stops the clock; what the run came to."""
+        """Stops the clock and returns the result."""
         seconds_of_training = time.perf_counter() - self._clock
         self.stop_reason = stop_reason
         state, _ = self.store.freeze(lambda: None)
@@ -177,7 +177,7 @@ class Run:
         )
 
     def explain(self, error: WorkerError) -> None:
-        """Adds to the error of an update that was not finite what was not finite in its segment."""
+        """Appends the names of the metrics that are not finite to the message, if a NonFiniteError was the cause."""
         if isinstance(error.__cause__, NonFiniteError) and error.report is not None:
             metrics = segment_metrics(error.report)
             bad = [name for name, value in metrics.items() if not np.isfinite(value)]

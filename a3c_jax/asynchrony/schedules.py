@@ -57,7 +57,8 @@ def random_delays(
 ) -> Schedule:
     """A schedule in which the staleness of every update is drawn at random.
 
-    The first updates are less stale if there are not yet so many versions. To mimic a run, give its histogram: `random_delays(np.bincount(result.schedule.staleness), ...)`.
+    The first updates are less stale if there are not yet so many versions. To mimic a run, give its histogram:
+    `random_delays(np.bincount(result.schedule.staleness), ...)`.
 
     Args:
       probabilities: of the delays 0, 1, 2 and so on, `[D]`. Their sum need not be 1.
@@ -83,8 +84,8 @@ def straggler(num_workers: int, slowness: float, num_updates: int) -> Schedule:
     """A schedule in which worker 0 takes `slowness` times as long for a segment as each of the others.
 
     No worker waits for another. If several end a segment at the same time, the one with the lowest number
-    updates first, so that slowness 1 is `round_robin`. The straggler's updates are `slowness * (num_workers - 1)` updates stale, and the others' about
-    `num_workers - 2 + 1 / slowness`.
+    updates first, so that slowness 1 is `round_robin`. The straggler's updates are
+    `slowness * (num_workers - 1)` updates stale, and the others' about `num_workers - 2 + 1 / slowness`.
 
     >>> straggler(2, 2.0, 6).worker.tolist(), straggler(2, 2.0, 6).pulled_version.tolist()
     ([1, 0, 1, 1, 0, 1], [0, 0, 1, 3, 2, 4])

@@ -70,7 +70,8 @@ def train(
 
     Raises:
       ValueError: if the environment is unknown or not supported, if environment, network and
-        configuration do not fit together, or if the configuration differs from the checkpoint's.
+        configuration do not fit together, if the configuration differs from the checkpoint's, or if both
+        `params` and `resume` are given.
       WorkerError: if a worker failed. Its cause is the worker's exception, and its `result` what the run
         came to until then.
       TrainingInterrupted: on Ctrl-C or SIGTERM: a KeyboardInterrupt that carries the result so far.
@@ -82,17 +83,10 @@ def train(
         for sink in sinks:
             stack.callback(sink.close)
         single_kernel = None if resume is None else resume.single_kernel
-        program = as_program(
-            config,
-            single_kernel,
-            environment=environment,
-            network=network,
-            loss=loss,
-            optimizer=optimizer,
-        )
-        run = Run(program, params)
-        if resume is not None:
-            run.restore(resume)
+        objects = {"environment": environment, "network": network}
+        objects |= {"loss": loss, "optimizer": optimizer}
+        program = as_program(config, single_kernel, **objects)
+        run = _start(program, params, resume)
         threads = WorkerThreads(
             program.step,
             run.store,
@@ -124,6 +118,18 @@ def train(
         result = run.finish(run.stop_reason or "max_steps")
         reports.end()
         return result
+
+
+def _start(program: Program, params: Any, resume: Checkpoint | None) -> Run:
+    """A run at its start, or where the checkpoint left it."""
+    if params is not None and resume is not None:
+        raise ValueError(
+            "params must not be given with resume, whose checkpoint holds the parameters; leave one of them out."
+        )
+    run = Run(program, params)
+    if resume is not None:
+        run.restore(resume)
+    return run
 
 
 def _max_running(program: Program, run: Run) -> int | None:

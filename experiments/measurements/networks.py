@@ -20,7 +20,7 @@ from a3c_jax import A3CConfig, _compiled
 from a3c_jax.blueprint import make_blueprint
 from a3c_jax.config import available_cores
 from a3c_jax.distributions import Categorical
-from experiments.command_line import parse
+from experiments.command_line import exit_on_bad_input, parse
 from experiments.measurements.torsos import TORSOS
 
 
@@ -114,7 +114,13 @@ def measure(name: str, options: Arguments) -> tuple[float, float, bool]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints a row for each network."""
-    options = parse("networks", Arguments, __doc__, arguments)
+    with exit_on_bad_input():
+        options = parse("measurements.networks", Arguments, __doc__, arguments)
+        unknown = set(options.networks) - set(Arguments.networks)
+        if unknown:
+            raise ValueError(
+                f"networks must be among {Arguments.networks}, got {sorted(unknown)}; leave them out."
+            )
     print("| network | plain | jax.jit | chosen | chosen over jax.jit |\n|---|---:|---:|---|---:|")
     for name in options.networks:
         plain, jit, chosen = measure(name, options)
