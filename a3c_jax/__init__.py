@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         random_policy,
         sampled_policy,
     )
+    from a3c_jax.asynchrony.loading import LoadedRun, load
     from a3c_jax.asynchrony.metrics import EpisodeLog, JsonLines, ProgressBar, Sink
     from a3c_jax.asynchrony.parameters import (
         NonFiniteError,
@@ -80,6 +81,7 @@ _NAMES = {
     "asynchrony.checkpoint_files": ["Checkpoint", "CheckpointError", "load_checkpoint"],
     "asynchrony.checkpoints": ["CheckpointFolder", "find_checkpoint"],
     "asynchrony.evaluation": ["evaluate", "greedy_policy", "random_policy", "sampled_policy"],
+    "asynchrony.loading": ["LoadedRun", "load"],
     "asynchrony.metrics": ["EpisodeLog", "JsonLines", "ProgressBar", "Sink"],
     "asynchrony.parameters": ["NonFiniteError", "Schedule", "SharedParameters", "Snapshot"],
     "asynchrony.program": ["Program", "build"],

@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 
 import a3c_jax
+from a3c_jax.asynchrony.objects import check_objects, name_objects
 from experiments.command_line import exit_on_bad_input, parse
 
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
         if parsed.until is not None and parsed.until < 1:
             raise ValueError(f"until must be >= 1, got {parsed.until}; use 1 or more.")
         checkpoint = a3c_jax.find_checkpoint(parsed.run)
+        check_objects(checkpoint.objects, name_objects(objects))
     _compare_versions(checkpoint)
     if parsed.until is not None:
         _show_update(checkpoint, parsed.until, objects)

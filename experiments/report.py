@@ -1,4 +1,4 @@
-"""What a finished run came to: parameters, evaluation, summary, picture."""
+"""What a finished run leaves in its folder: parameters, evaluation, summary, picture."""
 
 import time
 from collections.abc import Mapping
@@ -51,7 +51,9 @@ def report(
     }
     write_json(run_dir / "summary.json", summary)
     print_training(result, steps_before)
-    _print_evaluation(seconds, evaluations)
+    parts = " + ".join(f"{n} {seconds[n]:.1f}" for n in ("import", "setup", "compile", "train"))
+    print(f"  seconds: {parts} = {seconds['until_trained']:.1f}")
+    print_evaluation(evaluations)
     _draw(result, run_dir, evaluations, plot_options)
     if options.gif:
         from experiments.animation import animate
@@ -60,7 +62,9 @@ def report(
     print(f"run folder: {run_dir}")
 
 
-def evaluate_policies(result: a3c_jax.TrainResult, num_episodes: int) -> Evaluations:
+def evaluate_policies(
+    result: "a3c_jax.TrainResult | a3c_jax.LoadedRun", num_episodes: int
+) -> Evaluations:
     """The returns of the final policy, greedy and sampled, and of the random one, over fresh episodes."""
     evaluations = {}
     environment: Any = result.environment
@@ -112,9 +116,8 @@ def print_training(result: a3c_jax.TrainResult, steps_before: int = 0) -> None:
     )
 
 
-def _print_evaluation(seconds: dict[str, float], evaluations: Evaluations) -> None:
-    parts = " + ".join(f"{n} {seconds[n]:.1f}" for n in ("import", "setup", "compile", "train"))
-    print(f"  seconds: {parts} = {seconds['until_trained']:.1f}")
+def print_evaluation(evaluations: Evaluations) -> None:
+    """Prints a table with a row for each policy."""
     print("  evaluation       mean     std     min     max")
     for label, e in evaluations.items():
         print(f"  {label:<12} {e['mean']:>8.1f}{e['std']:>8.1f}{e['min']:>8.1f}{e['max']:>8.1f}")

@@ -1,4 +1,4 @@
-"""The second storey: asynchrony around a worker step that it takes as an opaque function.
+"""Asynchrony around a worker step that it takes as an opaque function.
 
 | module        | what lives there                                                                     |
 |---------------|--------------------------------------------------------------------------------------|
@@ -8,10 +8,12 @@
 | `turns`       | limits how many threads run at once                                                    |
 | `threads`     | `WorkerThreads`: each pulls, steps and applies, again and again                        |
 | `metrics`     | exact counters, the log of episodes, and the sinks that show them                      |
+| `objects`     | what a run was given as an object, by name                                             |
 | `trees`       | a tree as arrays with names, to be saved, checked and restored                         |
 | `checkpoint_files` | one consistent moment of a whole run in one file, written all or nothing           |
 | `checkpoints` | when to save one, which to keep, which to go on from                                 |
 | `evaluation`  | whole episodes by a fixed policy                                                       |
+| `loading`     | `load`: what a run has learnt, ready to act                                            |
 | `program`     | `build`: what a configuration describes, compiled once and run often                   |
 | `run`         | one run of a program: what `train` and `replay` have in common                         |
 | `training`    | `train`: runs a program in worker threads                                              |

@@ -55,6 +55,8 @@ class Checkpoint(NamedTuple):
       versions: of Python and of the libraries that made the run, and what else its last bits depend on.
       single_kernel: whether its worker step was a single kernel; None in files written before this field
         existed.
+      objects: what the run was given as an object, `environment`, `network`, `loss` or `optimizer`, by the name
+        of its class or function (`a3c_jax.asynchrony.objects`); None in files written before this field existed.
     """
 
     config: A3CConfig
@@ -69,6 +71,7 @@ class Checkpoint(NamedTuple):
     seconds: float
     versions: dict[str, str]
     single_kernel: bool | None = None
+    objects: dict[str, str] | None = None
 
     @property
     def version(self) -> int:
@@ -124,6 +127,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "seconds": checkpoint.seconds,
         "versions": checkpoint.versions,
         "single_kernel": checkpoint.single_kernel,
+        "objects": checkpoint.objects,
         "config": checkpoint.config.as_dict(),
     }
     header = {"what": _MAGIC, "format": FORMAT, "sha256": _checksum(run, payload), "run": run}
@@ -185,6 +189,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             seconds=run["seconds"],
             versions=run["versions"],
             single_kernel=run.get("single_kernel"),
+            objects=run.get("objects"),
         )
     except Exception as error:
         raise CheckpointError(

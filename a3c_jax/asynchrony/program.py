@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from a3c_jax import _compiled
+from a3c_jax.asynchrony.objects import name_objects
 from a3c_jax.blueprint import Blueprint, make_blueprint
 from a3c_jax.config import A3CConfig, changes_needing_compilation
 from a3c_jax.environments import Environment
@@ -29,6 +30,7 @@ class Program:
       max_concurrent_calls: how many threads should call the step at the same time, as a function of the
         number of threads and the step's arguments; None sets no limit.
       single_kernel: whether the step is a single kernel, on which the last bits of a run depend.
+      objects: what `build` was given as an object, by the name of its class or function.
       seconds: wall-clock seconds that building took, for `setup` and `compile`.
     """
 
@@ -40,6 +42,7 @@ class Program:
     start: Callable[[Any, Any], Any]
     max_concurrent_calls: Callable[..., int | None]
     single_kernel: bool
+    objects: dict[str, str]
     seconds: dict[str, float]
 
     @property
@@ -128,9 +131,9 @@ def build(
         configuration do not fit together.
     """
     began = time.perf_counter()
-    blueprint = make_blueprint(
-        config, environment=environment, network=network, loss=loss, optimizer=optimizer
-    )
+    objects = {"environment": environment, "network": network}
+    objects |= {"loss": loss, "optimizer": optimizer}
+    blueprint = make_blueprint(config, **objects)
     init = _compiled.compile_for_few_calls(blueprint.init)
     start = _compiled.compile_for_few_calls(blueprint.start)
     seed = np.uint32(config.seed)
@@ -152,6 +155,7 @@ def build(
         start=start,
         max_concurrent_calls=step.max_concurrent_calls,
         single_kernel=step.in_single_kernel,
+        objects=name_objects(objects),
         seconds={"setup": set_up - began, "compile": time.perf_counter() - set_up},
     )
 

@@ -11,6 +11,7 @@ from a3c_jax import _compiled
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint, CheckpointError, library_versions
 from a3c_jax.asynchrony.checkpoints import check_same_run
 from a3c_jax.asynchrony.metrics import Counters, EpisodeLog, segment_metrics
+from a3c_jax.asynchrony.objects import check_objects
 from a3c_jax.asynchrony.parameters import (
     NonFiniteError,
     Schedule,
@@ -203,16 +204,19 @@ class Run:
             seconds=seconds,
             versions=library_versions(),
             single_kernel=self.program.single_kernel,
+            objects=self.program.objects,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint of a run of the same program.
 
         Raises:
-          ValueError: if the checkpoint's configuration differs in more than the budgets.
+          ValueError: if the checkpoint's configuration differs in more than the budgets, or if its run was given
+            other objects.
           CheckpointError: if its arrays do not fit the program's.
         """
         check_same_run(checkpoint.config, self.program.config)
+        check_objects(checkpoint.objects, self.program.objects)
         now, _ = self.store.freeze(lambda: None)
         like = _compiled.unpack(now.snapshot.params)
         params = _fill("params", checkpoint.params, like)

@@ -1,0 +1,92 @@
+"""`load`: what a run has learnt, ready to act and to be evaluated."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from a3c_jax import _compiled
+from a3c_jax.asynchrony.checkpoint_files import Checkpoint, CheckpointError
+from a3c_jax.asynchrony.checkpoints import find_checkpoint
+from a3c_jax.asynchrony.objects import check_objects, name_objects
+from a3c_jax.asynchrony.trees import restore_from_vector, restore_leaves
+from a3c_jax.blueprint import make_blueprint
+from a3c_jax.config import A3CConfig
+from a3c_jax.environments import Environment
+
+
+class LoadedRun(NamedTuple):
+    """What a checkpoint holds, with the environment and the network that belong to it.
+
+    Attributes:
+      checkpoint: the checkpoint: schedule, episodes, counters. `train(config, resume=checkpoint)` goes on from it.
+      environment: what was played.
+      network: what was trained.
+      params: the parameters, Flax variables.
+      best_params: those at the highest mean return.
+      evaluation_key: a random key for evaluation, which no worker has used.
+    """
+
+    checkpoint: Checkpoint
+    environment: Environment
+    network: Any
+    params: Any
+    best_params: Any
+    evaluation_key: jax.Array
+
+    @property
+    def config(self) -> A3CConfig:
+        """The run's configuration."""
+        return self.checkpoint.config
+
+
+def load(path: str | Path, *, environment: Any = None, network: Any = None) -> LoadedRun:
+    """Loads what a run has learnt.
+
+    >>> import tempfile
+    >>> from a3c_jax import A3CConfig, CheckpointFolder, evaluate, greedy_policy, train
+    >>> folder = tempfile.mkdtemp()
+    >>> _ = train(A3CConfig(max_steps=1_000), checkpoints=CheckpointFolder(folder))
+    >>> run = load(folder)
+    >>> policy = greedy_policy(run.network)
+    >>> len(evaluate(policy, run.params, run.environment, run.evaluation_key, 10).returns)
+    10
+
+    Args:
+      path: a run folder, a folder of checkpoints, or one checkpoint.
+      environment: what the run played, if it was given as an object.
+      network: what the run trained, if it was given as an object.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, if it cannot be read, or if it does not fit the network.
+      ValueError: if the run had an environment or a network of its own, and another one or none is given.
+    """
+    checkpoint = find_checkpoint(path)
+    given = {"environment": environment, "network": network}
+    saved = checkpoint.objects
+    check_objects(
+        saved and {what: name for what, name in saved.items() if what in given}, name_objects(given)
+    )
+    blueprint = make_blueprint(checkpoint.config, environment=environment, network=network)
+    seed = np.uint32(checkpoint.config.seed)
+    state = _compiled.compile_for_few_calls(blueprint.start)(seed, np.int32(0))
+    like = _compiled.compile_for_few_calls(blueprint.init)(seed, state.observation)
+
+    def fill(what: str, arrays: Any) -> Any:
+        restore: Any = restore_leaves if isinstance(arrays, dict) else restore_from_vector
+        try:
+            return restore(what, arrays, like)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint does not fit: {error}; give the network that the run was started with."
+            ) from None
+
+    return LoadedRun(
+        checkpoint=checkpoint,
+        environment=blueprint.environment,
+        network=blueprint.network,
+        params=fill("params", checkpoint.params),
+        best_params=fill("best_params", checkpoint.best_params),
+        evaluation_key=blueprint.evaluation_key(checkpoint.config.seed),
+    )
