@@ -54,8 +54,8 @@ class ActorCritic(nn.Module):
       core: None, `lstm` or `gru`.
       core_size: width of the core.
       forget_bias: the initial bias of the core's forget gate. With a larger value, a new core remembers longer.
-      state_dependent_scale: whether a Gaussian's standard deviation is the softplus of a layer, as in the
-        paper, or the exponential of a free parameter.
+      state_dependent_scale: whether a Gaussian's standard deviation is the softplus of a layer, or the
+        exponential of a free parameter. (In the paper one variance for all dimensions is the softplus.)
     """
 
     num_actions: int

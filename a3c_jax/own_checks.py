@@ -1,4 +1,4 @@
-"""Refuses a loss or an optimizer of one's own that cannot work, before anything is compiled."""
+"""Refuses a loss or an optimizer of your own that cannot work, before anything is compiled."""
 
 from collections.abc import Callable
 from typing import Any

@@ -46,7 +46,7 @@ Group = tuple[dict[str, Any], list["EpisodeLog"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draws the picture, and prints for each group what its runs came to."""
+    """Draws the picture, and prints the results of each group."""
     with exit_on_bad_input():
         parsed = parse("curves", Arguments, __doc__, arguments)
         if not parsed.runs:

@@ -101,7 +101,7 @@ def summarize(result: a3c_jax.TrainResult) -> dict[str, Any]:
 
 
 def print_training(result: a3c_jax.TrainResult, steps_before: int = 0) -> None:
-    """Prints why a run ended, and what its last episodes came to."""
+    """Prints why a run ended, and the mean return of its last episodes."""
     config = result.config
     rate = (result.environment_steps - steps_before) / max(result.wall_clock["train"], 1e-9)
     returns = result.episodes.episode_return

@@ -48,8 +48,8 @@ def prepare_process() -> None:
     if _backend_has_started():
         _warn_the_importer(
             "JAX was already initialised when a3c_jax was imported, so its calls on a CPU stay asynchronous, "
-            "and A3C with small batches is several times slower. Import a3c_jax before the first JAX "
-            f"computation, or set {ASYNC_DISPATCH}=1 to accept this."
+            "and A3C with small batches is several times slower. Write `from a3c_jax import train` before the "
+            f"first JAX computation, or set {ASYNC_DISPATCH}=1 to accept this."
         )
         return
     global _inline

@@ -18,7 +18,7 @@
 | `run`         | one run of a program: what `train` and `replay` have in common                         |
 | `training`    | `train`: runs a program in worker threads                                              |
 | `replaying`   | `replay`: repeats a run in one thread, bit for bit                                     |
-| `schedules`   | schedules of one's own: round-robin, fixed and random delays, a straggler            |
+| `schedules`   | schedules made without a run: round-robin, fixed and random delays, a straggler        |
 | `simulation`  | `make_simulation`: a whole run with any schedule as one compiled program             |
 
 Each module imports only from those above it; a test holds the table to that.

@@ -27,7 +27,7 @@ class Policy(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What the episodes came to.
+    """The returns and lengths of the episodes.
 
     Attributes:
       returns: undiscounted, in the environment's own rewards, `[num_episodes]` float32.

@@ -1,4 +1,4 @@
-"""Schedules of one's own: who makes each update, and how stale it is."""
+"""Schedules made without a run: who makes each update, and how stale it is."""
 
 import heapq
 from collections.abc import Sequence

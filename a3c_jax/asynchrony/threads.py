@@ -28,7 +28,7 @@ class WorkerError(RuntimeError):
       worker: which worker.
       pulled_version: the version of the parameters that it had pulled; None if it had pulled none.
       report: what its step reported; None if the step itself failed.
-      result: what the run came to until then, if `a3c_jax.train` or `a3c_jax.replay` raised this.
+      result: the result so far, if `a3c_jax.train` or `a3c_jax.replay` raised this.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C, or SIGTERM, during `train`.
 
     Attributes:
-      result: what the run came to until then.
+      result: the result so far.
       signal: the signal's number.
     """
 
@@ -72,8 +72,8 @@ def train(
       ValueError: if the environment is unknown or not supported, if environment, network and
         configuration do not fit together, if the configuration differs from the checkpoint's, or if both
         `params` and `resume` are given.
-      WorkerError: if a worker failed. Its cause is the worker's exception, and its `result` what the run
-        came to until then.
+      WorkerError: if a worker failed. Its cause is the worker's exception, and its `result` what was
+        reached until then.
       TrainingInterrupted: on Ctrl-C or SIGTERM: a KeyboardInterrupt that carries the result so far.
 
     Warns:

@@ -1,4 +1,4 @@
-"""What becomes of networks of one's own: `python -m experiments.measurements.networks`.
+"""How networks as users write them are compiled, and what that gains: `python -m experiments.measurements.networks`.
 
 Each network's worker step is compiled as a single kernel, plainly, and as the package chooses, and compared with
 `jax.jit` of the same step. The programs are called in turn, each by one thread per core. The table is in
@@ -41,7 +41,7 @@ class Arguments:
 
 
 class Separate(nn.Module):
-    """An actor and a critic with a torso of one's own each."""
+    """An actor and a critic with a torso each."""
 
     make_torso: Callable[[], nn.Module]
 

@@ -93,7 +93,7 @@ def recent_return(progress: Progress, window: int) -> float | None:
 
 
 class Trained(NamedTuple):
-    """What a run came to: `stop_reason` is `solved`, `max_episodes` or `max_steps`; for `mean_return` see `recent_return`."""
+    """The result of a run: `stop_reason` is `solved`, `max_episodes` or `max_steps`; for `mean_return` see `recent_return`."""
 
     state: State
     stop_reason: str

@@ -22,7 +22,7 @@ from experiments.measurements import synchronous
 
 
 class Measurement(NamedTuple):
-    """What one run came to.
+    """The speed of one run.
 
     Attributes:
       seconds: wall-clock seconds of the training itself.
@@ -135,7 +135,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def summarize(measurements: list[Measurement]) -> dict[str, Any]:
-    """What the rounds of one run came to: medians, and the rounds themselves."""
+    """The rounds of one measurement: medians, and the rounds themselves."""
     return {
         "steps_per_second": spread(m.steps_per_second for m in measurements),
         "updates_per_second": spread(m.updates / m.seconds for m in measurements),
