@@ -66,6 +66,7 @@ if TYPE_CHECKING:
         straggler,
     )
     from a3c_jax.asynchrony.simulation import SimulationResult, make_simulation
+    from a3c_jax.asynchrony.sinks import TensorBoard, Trackio, WeightsAndBiases
     from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
     from a3c_jax.asynchrony.training import TrainingInterrupted, train
     from a3c_jax.config import A3CConfig
@@ -89,6 +90,7 @@ _NAMES = {
     "asynchrony.run": ["TrainResult"],
     "asynchrony.schedules": ["fixed_delay", "random_delays", "round_robin", "straggler"],
     "asynchrony.simulation": ["SimulationResult", "make_simulation"],
+    "asynchrony.sinks": ["TensorBoard", "Trackio", "WeightsAndBiases"],
     "asynchrony.threads": ["WorkerError", "WorkerThreads"],
     "asynchrony.training": ["TrainingInterrupted", "train"],
 }

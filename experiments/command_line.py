@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +15,8 @@ import a3c_jax
 import experiments
 from a3c_jax.config import A3CConfig
 from experiments.run_folder import check_is_new, continue_in, make_run_dir, train_in_folder
+
+Logger = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,10 @@ class Options:
     """Save a checkpoint every so many updates; None saves none by their number."""
     keep_checkpoints: int = 3
     """How many of the latest checkpoints to keep. The one with the highest mean return is always kept."""
+    log_to: tuple[Logger, ...] = ()
+    """Send the metrics there as well. TensorBoard's files go into the run folder. Each needs its library: pip install -e '.[tensorboard]', and likewise for the others."""
+    updates_per_row: int | None = 100
+    """Number of updates between two rows of the metrics. None writes a row every half second instead."""
     gif: bool = False
     """Write play.gif, an episode of the trained policy, if gymnax can draw the environment. CartPole and the other classic ones need pygame: pip install -e '.[gif]'."""
     compilation_cache: Path | None = None
@@ -45,7 +51,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, example in (
             ("evaluation_episodes", 100), ("keep_checkpoints", 3),
-            ("checkpoint_seconds", 30), ("checkpoint_updates", 1000),
+            ("checkpoint_seconds", 30), ("checkpoint_updates", 1000), ("updates_per_row", 100),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -105,10 +111,29 @@ def main(
         program = a3c_jax.build(config, single_kernel=single_kernel)
     with exit_on_bad_input():
         run_dir, checkpoints = _folders(name, config, options, checkpoint)
-    result = train_in_folder(program, run_dir, checkpoints, checkpoint, options.progress, sinks)
+    with exit_on_bad_input(ImportError):
+        sinks = [*sinks, *(_make_logger(logger, run_dir, config) for logger in options.log_to)]
+    result = train_in_folder(
+        program,
+        run_dir,
+        checkpoints,
+        checkpoint,
+        progress=options.progress,
+        sinks=sinks,
+        updates_per_row=options.updates_per_row,
+    )
     steps_before = 0 if checkpoint is None else checkpoint.environment_steps
     report.report(result, run_dir, options, import_seconds, steps_before, plot_options)
     return run_dir
+
+
+def _make_logger(logger: Logger, run_dir: Path, config: A3CConfig) -> Any:
+    if logger == "tensorboard":
+        return a3c_jax.TensorBoard(run_dir / "tensorboard")
+    named = {"project": "a3c_jax", "name": run_dir.name, "config": config.as_dict()}
+    if logger == "wandb":
+        return a3c_jax.WeightsAndBiases(dir=run_dir, **named)
+    return a3c_jax.Trackio(**named)
 
 
 @contextlib.contextmanager

@@ -72,8 +72,10 @@ def train_in_folder(
     run_dir: Path,
     checkpoints: "a3c_jax.CheckpointFolder",
     resume: "a3c_jax.Checkpoint | None" = None,
+    *,
     progress: bool = True,
     sinks: Sequence[Any] = (),
+    updates_per_row: int | None = None,
 ) -> "a3c_jax.TrainResult":
     """Trains, with metrics in the run folder and a progress bar; the arguments are those of `a3c_jax.train`.
 
@@ -89,7 +91,13 @@ def train_in_folder(
             a3c_jax.ProgressBar(config.max_steps, config.solved_window, desc=config.environment)
         )
     try:
-        return a3c_jax.train(program, sinks=sinks, checkpoints=checkpoints, resume=resume)
+        return a3c_jax.train(
+            program,
+            sinks=sinks,
+            checkpoints=checkpoints,
+            resume=resume,
+            updates_per_row=updates_per_row,
+        )
     except a3c_jax.TrainingInterrupted as interruption:
         _end_interrupted(run_dir, interruption, resume)
     except a3c_jax.WorkerError as error:

@@ -8,6 +8,7 @@
 | `turns`       | limits how many threads run at once                                                    |
 | `threads`     | `WorkerThreads`: each pulls, steps and applies, again and again                        |
 | `metrics`     | exact counters, the log of episodes, and the sinks that show them                      |
+| `sinks`       | sinks for TensorBoard, Weights & Biases and trackio                                    |
 | `objects`     | what a run was given as an object, by name                                             |
 | `trees`       | a tree as arrays with names, to be saved, checked and restored                         |
 | `checkpoint_files` | one consistent moment of a whole run in one file, written all or nothing           |

@@ -60,9 +60,21 @@ class Counters:
     Args:
       steps_per_update: environment steps that each update reports.
       window: number of episodes in the running mean.
+      updates_per_row: if given, a row is made after every so many updates, to be taken with `take_rows`.
+
+    Raises:
+      ValueError: if `updates_per_row` is less than 1.
     """
 
-    def __init__(self, steps_per_update: int, window: int) -> None:
+    def __init__(
+        self, steps_per_update: int, window: int, updates_per_row: int | None = None
+    ) -> None:
+        if updates_per_row is not None and updates_per_row < 1:
+            raise ValueError(
+                f"updates_per_row must be >= 1, got {updates_per_row}; use None for rows by seconds."
+            )
+        self._updates_per_row = updates_per_row
+        self._rows: deque[tuple[Row, EpisodeLog]] = deque()
         self.totals = Totals()
         self.mean_return: float | None = None
         """Mean return of the last `window` episodes; None before there are so many."""
@@ -126,6 +138,8 @@ class Counters:
         self._last_report = report
         if num_episodes:
             self._log_episodes(update.worker, report.episodes)
+        if self._updates_per_row is not None and not self.totals.updates % self._updates_per_row:
+            self._rows.append((self.row(), self.new_episodes()))
 
     def _log_episodes(self, worker: int, episodes: Any) -> None:
         returns, lengths = episodes
@@ -156,6 +170,17 @@ class Counters:
             "max_staleness": totals.max_staleness,
         }
         return row | ({} if report is None else segment_metrics(report))
+
+    def take_rows(self, *, last: bool = False) -> list[tuple[Row, EpisodeLog]]:
+        """The rows to send now, each with the episodes since the one before it.
+
+        Args:
+          last: whether the run has ended, so that there has to be a row of its last update.
+        """
+        rows = [self._rows.popleft() for _ in range(len(self._rows))]
+        if self._updates_per_row is None or (last and self._last_row[1] != self.totals):
+            rows.append((self.row(), self.new_episodes()))
+        return rows
 
     def new_episodes(self) -> EpisodeLog:
         """The episodes since the last call."""
@@ -264,8 +289,7 @@ class ProgressBar:
             f"{row['updates']:,} updates, staleness {row['staleness']:.2f}",
             refresh=False,
         )
-        self._bar.n = row["environment_steps"]
-        self._bar.refresh()
+        self._bar.update(row["environment_steps"] - self._bar.n)  # shown a few times a second
 
     def close(self) -> None:
         self._bar.close()

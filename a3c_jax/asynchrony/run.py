@@ -80,6 +80,7 @@ class Run:
     Args:
       program: what to run.
       params: the parameters to start from; None takes the program's initial ones.
+      updates_per_row: if given, the counters make a row after every so many updates.
 
     Attributes:
       store: the shared parameters.
@@ -88,7 +89,9 @@ class Run:
       stop_reason: why the run ended, or None while it may go on.
     """
 
-    def __init__(self, program: Program, params: Any = None) -> None:
+    def __init__(
+        self, program: Program, params: Any = None, updates_per_row: int | None = None
+    ) -> None:
         began = time.perf_counter()
         config = program.config
         initial = program.initial_params() if params is None else _check_params(program, params)
@@ -100,7 +103,7 @@ class Run:
             config.num_workers,
             skip_nonfinite=config.nonfinite == "skip",
         )
-        self.counters = Counters(config.steps_per_update, config.solved_window)
+        self.counters = Counters(config.steps_per_update, config.solved_window, updates_per_row)
         self.stop_reason: str | None = None
         self._best: tuple[float | None, Any] = (None, initial)
         self._seconds_before = 0.0

@@ -2,14 +2,15 @@
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint
 from a3c_jax.asynchrony.checkpoints import CheckpointFolder
-from a3c_jax.asynchrony.metrics import Report, Sink
+from a3c_jax.asynchrony.metrics import Report, Row, Sink
 from a3c_jax.asynchrony.program import Program, as_program
 from a3c_jax.asynchrony.run import Run, TrainResult
+from a3c_jax.asynchrony.sinks import CallFunction
 from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
 from a3c_jax.config import A3CConfig
 
@@ -37,7 +38,9 @@ def train(
     optimizer: Any = None,
     params: Any = None,
     sinks: Sequence[Sink] = (),
+    on_progress: Callable[[Row], Any] | None = None,
     interval: float = 0.5,
+    updates_per_row: int | None = None,
     checkpoints: CheckpointFolder | None = None,
     resume: Checkpoint | None = None,
 ) -> TrainResult:
@@ -60,7 +63,10 @@ def train(
       params: the parameters to start from; by default they are drawn with the configuration's seed.
       sinks: where to send rows of metrics. There are none by default, so that the call is silent. They
         are closed at the end, however the run ends.
+      on_progress: a function that gets each row as well, a dict of numbers.
       interval: seconds between two rows, and between two looks at whether a checkpoint is due.
+      updates_per_row: if given, there is a row for every so many updates instead of one every `interval`
+        seconds. They are still sent every `interval` seconds, several at a time.
       checkpoints: where to save the run: at its start, whenever it is due, and however it ends.
       resume: a checkpoint to go on from (`a3c_jax.find_checkpoint`). Only the budgets of the
         configuration may differ from the checkpoint's.
@@ -80,13 +86,15 @@ def train(
       RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried.
     """
     with contextlib.ExitStack() as stack:
+        if on_progress is not None:
+            sinks = [*sinks, CallFunction(on_progress)]
         for sink in sinks:
             stack.callback(sink.close)
         single_kernel = None if resume is None else resume.single_kernel
         objects = {"environment": environment, "network": network}
         objects |= {"loss": loss, "optimizer": optimizer}
         program = as_program(config, single_kernel, **objects)
-        run = _start(program, params, resume)
+        run = _start(program, params, resume, updates_per_row)
         threads = WorkerThreads(
             program.step,
             run.store,
@@ -120,13 +128,15 @@ def train(
         return result
 
 
-def _start(program: Program, params: Any, resume: Checkpoint | None) -> Run:
+def _start(
+    program: Program, params: Any, resume: Checkpoint | None, updates_per_row: int | None
+) -> Run:
     """A run at its start, or where the checkpoint left it."""
     if params is not None and resume is not None:
         raise ValueError(
             "params must not be given with resume, whose checkpoint holds the parameters; leave one of them out."
         )
-    run = Run(program, params)
+    run = Run(program, params, updates_per_row)
     if resume is not None:
         run.restore(resume)
     return run
@@ -164,15 +174,15 @@ class _Reports:
     def end(self) -> None:
         """Saves the last checkpoint and writes the last row."""
         self.save()
-        self.write()
+        self.write(last=True)
 
-    def write(self) -> None:
-        """Sends a row and the new episodes to every sink."""
+    def write(self, *, last: bool = False) -> None:
+        """Sends the new rows and episodes to every sink."""
         if not self._sinks:
             return
-        row, episodes = self._run.counters.row(), self._run.counters.new_episodes()
-        for sink in self._sinks:
-            sink.write(row, episodes)
+        for row, episodes in self._run.counters.take_rows(last=last):
+            for sink in self._sinks:
+                sink.write(row, episodes)
 
     def save(self) -> None:
         """Saves a checkpoint; warns if it cannot be written."""
