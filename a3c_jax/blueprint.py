@@ -161,10 +161,17 @@ def _make_start(
 def _make_init(
     config: A3CConfig, environment: environments.Environment, network: nn.Module
 ) -> Callable[[Any, Any], Any]:
+    normalizes = config.normalize_observations or config.normalize_rewards
+
     def init(seed: Any, observation: Any) -> Any:
         network_key, _, _ = _split_seed(seed)
         params = network.init(network_key, observation)
         statistics = {}
+        if normalizes and not isinstance(params, dict):
+            raise TypeError(
+                "A3CConfig.normalize_observations and normalize_rewards need a network whose parameters are a "
+                f"dict, as Flax linen's are, got {type(params).__name__}; turn them off."
+            )
         if config.normalize_observations:
             shape = environment.observation_shape
             statistics["observation"] = normalization.initial_moments(shape)

@@ -24,7 +24,7 @@ _NETWORK_FIELDS = (
     "torso", "hidden_sizes", "activation", "shared_torso", "core", "core_size", "forget_bias",
     "state_dependent_scale",
 )  # fmt: skip
-_FEED_FORWARD_METHODS = ("init", "apply", "__call__", "actor", "critic")
+_FEED_FORWARD_METHODS = ("init", "apply")
 _RECURRENT_METHODS = ("init", "apply", "initialize_carry", "act", "value", "unroll")
 _DISTRIBUTION_METHODS = ("sample", "log_prob", "entropy", "mode")
 

@@ -199,19 +199,30 @@ class NetworkFunctions(NamedTuple):
     unroll: Callable[[Any, Any, Carry, Array], tuple[Any, Array, Carry]]
 
 
-def network_functions(network: nn.Module) -> NetworkFunctions:
+def network_functions(network: Any) -> NetworkFunctions:
     """The pure functions of a network. If the parameters hold running moments, observations are normalised first.
 
     Args:
-      network: a module like `ActorCritic`. A feed-forward one needs the methods `__call__`, which maps
-        observations to a distribution and values, `actor` and `critic`. A recurrent one says so by an
-        attribute or property `is_recurrent` that is True, and needs the methods `initialize_carry`, `act`,
-        `value` and `unroll`.
+      network: anything with `init(key, observation) -> params` and
+        `apply(params, observation) -> (distribution, values)`, on observations `[..., *observation]`: a Flax
+        module with `__call__`, for instance. If it is a Flax module with the methods `actor` and `critic`, each
+        is used where only one of the two is needed. A recurrent network is a Flax module that says so by an
+        attribute or property `is_recurrent` that is True, and has the methods `initialize_carry`, `act`, `value`
+        and `unroll`, like `ActorCritic`.
     """
 
     def apply(params: Any, observation: Any, *inputs: Any, method: str) -> Any:
         observation = normalization.normalize_observation(params, observation)
         return network.apply(params, observation, *inputs, method=method)
+
+    def both(params: Any, observation: Any) -> tuple[Any, Array]:
+        outputs = network.apply(params, normalization.normalize_observation(params, observation))
+        if not isinstance(outputs, tuple) or len(outputs) != 2:
+            raise TypeError(
+                "network must give a pair (distribution, values) when it is applied, got "
+                f"{type(outputs).__name__} from {type(network).__name__}; return both."
+            )
+        return outputs
 
     if getattr(network, "is_recurrent", False):
         return NetworkFunctions(
@@ -220,15 +231,23 @@ def network_functions(network: nn.Module) -> NetworkFunctions:
             lambda params, *inputs: apply(params, *inputs, method="value"),
             lambda params, *inputs: apply(params, *inputs, method="unroll"),
         )
+
+    def part(method: str, number: int) -> Callable[[Any, Any], Any]:
+        if isinstance(network, nn.Module) and hasattr(network, method):
+            return lambda params, observation: apply(params, observation, method=method)
+        # What of the other part is computed for nothing, the compiler leaves out.
+        return lambda params, observation: both(params, observation)[number]
+
+    actor, critic = part("actor", 0), part("critic", 1)
     return NetworkFunctions(
         lambda num_envs: (),
-        lambda params, observation, _: (apply(params, observation, method="actor"), ()),
-        lambda params, observation, _: apply(params, observation, method="critic"),
-        lambda params, observation, *_: (*apply(params, observation, method="__call__"), ()),
+        lambda params, observation, _: (actor(params, observation), ()),
+        lambda params, observation, _: critic(params, observation),
+        lambda params, observation, *_: (*both(params, observation), ()),
     )
 
 
-def trajectory_apply(network: nn.Module) -> Callable[[Any, Any], tuple[Any, Array, Array]]:
+def trajectory_apply(network: Any) -> Callable[[Any, Any], tuple[Any, Array, Array]]:
     """An `apply_fn` for `a3c_jax.losses.a3c_loss` from a network (see `network_functions`).
 
     Returns:

@@ -118,15 +118,25 @@ def test_values_with_a_dimension_too_many_are_refused_wherever_they_come_from():
 
 
 def test_a_network_without_a_method_is_refused_by_name():
-    class NoCritic(nn.Module):
-        def __call__(self, observation):
-            return observation
+    class NoApply:
+        def init(self, key, observation):
+            return {}
 
     refused(
-        r"network must have .*, got NoCritic without actor, critic; add",
+        r"network must have init, apply, got NoApply without apply; add",
         TypeError,
-        network=NoCritic(),
+        network=NoApply(),
     )
+
+
+def test_a_network_that_gives_no_pair_is_refused():
+    class NoValues(nn.Module):
+        @nn.compact
+        def __call__(self, observation):
+            return Categorical(nn.Dense(2)(observation))
+
+    message = r"must give a pair \(distribution, values\) .*, got Categorical from NoValues; return"
+    refused(message, TypeError, network=NoValues())
 
 
 def test_a_network_with_a_carry_must_say_whether_it_is_recurrent():

@@ -1,0 +1,124 @@
+"""Networks of other kinds than `ActorCritic`: a lone `__call__`, plain functions, flax.nnx, Equinox."""
+
+import chex
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from probes import Probe
+
+import a3c_jax
+from a3c_jax import A3CConfig
+from a3c_jax.distributions import Categorical
+
+TINY = {"num_workers": 2, "envs_per_worker": 4, "t_max": 4, "max_steps": 320}
+PROBE = Probe(3, lambda sign, action, last: sign * (2 * action - 1) + 0.25 * last)
+
+
+class Parts(nn.Module):
+    """One layer for both outputs, with methods for each."""
+
+    def setup(self):
+        self.layer = nn.Dense(3)
+
+    def actor(self, observation):
+        return Categorical(self.layer(observation)[..., :2])
+
+    def critic(self, observation):
+        return self.layer(observation)[..., 2]
+
+    def __call__(self, observation):
+        return self.actor(observation), self.critic(observation)
+
+
+class CallAlone(nn.Module):
+    """The same layer, with `__call__` alone."""
+
+    def setup(self):
+        self.layer = nn.Dense(3)
+
+    def __call__(self, observation):
+        outputs = self.layer(observation)
+        return Categorical(outputs[..., :2]), outputs[..., 2]
+
+
+class Functions:
+    """Plain functions of a dict."""
+
+    def init(self, key, observation):
+        return {"w": 0.1 * jax.random.normal(key, (observation.shape[-1], 3)), "b": jnp.zeros(3)}
+
+    def apply(self, params, observation):
+        outputs = observation @ params["w"] + params["b"]
+        return Categorical(outputs[..., :2]), outputs[..., 2]
+
+
+class NNX:
+    """A network of flax.nnx."""
+
+    def init(self, key, observation):
+        module = nnx.Linear(observation.shape[-1], 3, rngs=nnx.Rngs(key))
+        self.structure, state = nnx.split(module)
+        return nnx.to_pure_dict(state)
+
+    def apply(self, params, observation):
+        module = nnx.merge(self.structure, params)
+        outputs = module(observation)
+        return Categorical(outputs[..., :2]), outputs[..., 2]
+
+
+class Equinox:
+    """A network of Equinox. Its modules take one observation without leading dimensions."""
+
+    def init(self, key, observation):
+        module = eqx.nn.MLP(observation.shape[-1], 3, width_size=8, depth=1, key=key)
+        params, self.rest = eqx.partition(module, eqx.is_array)
+        return params
+
+    def apply(self, params, observation):
+        module = eqx.combine(params, self.rest)
+        function = module
+        for _ in observation.shape[:-1]:
+            function = jax.vmap(function)
+        outputs = function(observation)
+        return Categorical(outputs[..., :2]), outputs[..., 2]
+
+
+def test_a_lone_call_trains_as_a_network_with_its_parts_does():
+    schedule = a3c_jax.fixed_delay(0, num_updates=6)
+    parts, alone = (
+        a3c_jax.replay(A3CConfig(**TINY), schedule, environment=PROBE, network=network())
+        for network in (Parts, CallAlone)
+    )
+    chex.assert_trees_all_close(parts.params, alone.params, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [CallAlone, Functions, NNX, Equinox])
+def test_it_trains_replays_resumes_and_is_evaluated(make, tmp_path):
+    program = a3c_jax.build(A3CConfig(**TINY), environment=PROBE, network=make())
+    result = a3c_jax.train(program)
+    assert result.version == 20
+    again = a3c_jax.replay(program, result.schedule)
+    chex.assert_trees_all_equal(again.params, result.params)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(result.params, program.initial_params())
+
+    alone = program.replace(num_workers=1)
+    a3c_jax.train(alone.replace(max_steps=160), checkpoints=a3c_jax.CheckpointFolder(tmp_path))
+    resumed = a3c_jax.train(alone, resume=a3c_jax.find_checkpoint(tmp_path))
+    chex.assert_trees_all_equal(resumed.params, a3c_jax.train(alone).params)
+    loaded = a3c_jax.load(tmp_path, environment=PROBE, network=make())
+    policy = a3c_jax.greedy_policy(loaded.network)
+    returns, _ = a3c_jax.evaluate(
+        policy, loaded.params, loaded.environment, loaded.evaluation_key, 4
+    )
+    assert returns.shape == (4,)
+
+
+def test_normalisation_needs_parameters_that_are_a_dict():
+    config = A3CConfig(**TINY, normalize_observations=True)
+    assert a3c_jax.train(config, environment=PROBE, network=Functions()).version == 20
+    with pytest.raises(TypeError, match="need a network whose parameters are a dict"):
+        a3c_jax.build(config, environment=PROBE, network=Equinox())
