@@ -331,9 +331,9 @@ def test_a_seed_gives_the_parameters_and_environments_that_it_has_always_given()
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"normalize_observations": True, "normalize_rewards": True},
-        {"optimizer": "rmsprop", "normalize_rewards": True},
+        pytest.param({"optimizer": "rmsprop", "normalize_rewards": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

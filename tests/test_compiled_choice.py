@@ -97,7 +97,9 @@ def test_the_multiplications_of_a_program_are_counted_with_those_in_its_loops():
     def network(x, w):
         return lax.scan(lambda c, _: (c @ w, jnp.vdot(c, c)), x, None, length=5)
 
-    work = list(choice.matrix_products(programs_of(network, jnp.ones((9, 16)), jnp.ones((16, 16))).jaxpr))
+    work = list(
+        choice.matrix_products(programs_of(network, jnp.ones((9, 16)), jnp.ones((16, 16))).jaxpr)
+    )
     assert sorted(work) == [(5 * 9 * 16, True), (5 * 9 * 16 * 16, False)]
     image, weights = jnp.ones((2, 10, 10, 3)), jnp.ones((3, 3, 3, 4))
     program = programs_of(

@@ -54,7 +54,11 @@ def test_it_warns_if_jax_has_started_already():
 
 @pytest.mark.parametrize(
     "line",
-    ["import a3c_jax.environments", "from a3c_jax import train", "import a3c_jax; a3c_jax.make"],
+    [
+        pytest.param("import a3c_jax.environments", marks=pytest.mark.slow),
+        pytest.param("from a3c_jax import train", marks=pytest.mark.slow),
+        "import a3c_jax; a3c_jax.make",
+    ],
 )
 def test_the_warning_names_the_users_own_line(line, tmp_path):
     script = tmp_path / "mine.py"
@@ -70,7 +74,9 @@ def test_the_warning_names_the_users_own_line(line, tmp_path):
     assert "mine.py:4: RuntimeWarning: JAX was already initialised" in done.stderr
 
 
-@pytest.mark.parametrize("gone", ["the module", "its function"])
+@pytest.mark.parametrize(
+    "gone", ["the module", pytest.param("its function", marks=pytest.mark.slow)]
+)
 def test_it_works_without_the_private_module_that_knows_whether_jax_has_started(gone):
     take_away = {
         "the module": "sys.modules['jax._src.xla_bridge'] = None; del jax._src.xla_bridge",
@@ -133,6 +139,7 @@ def test_the_users_own_import_before_is_what_gymnax_gets():
     assert same == [True, True, True]
 
 
+@pytest.mark.slow
 def test_gymnax_still_draws():
     drawn, _ = python(
         IMPORT + "import gymnax, jax\n"
@@ -146,6 +153,7 @@ def test_gymnax_still_draws():
     assert drawn == [False, True]
 
 
+@pytest.mark.slow
 def test_switched_off_gymnax_is_imported_as_it_is():
     kinds, _ = python(
         IMPORT + "from gymnax.environments.misc import pong\n"

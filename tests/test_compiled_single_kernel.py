@@ -224,7 +224,12 @@ def entry_operations(compiled, *arguments):
     return operations
 
 
-@pytest.mark.parametrize("name", POSSIBLE)
+def possible():
+    slow = {"many_operations_in_a_loop"}  # as "many_operations" and "scan" together
+    return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in POSSIBLE]
+
+
+@pytest.mark.parametrize("name", possible())
 def test_it_computes_what_jit_computes_and_is_one_kernel(name, capfd):
     function, *arguments = POSSIBLE[name]
     assert single_kernel.can_be_single_kernel(programs_of(function, *arguments))

@@ -138,7 +138,7 @@ def test_the_entropy_bonus_widens_the_policy():
     )  # a step against it makes the scale larger
 
 
-@pytest.mark.parametrize("bounds", ["clip", "tanh"])
+@pytest.mark.parametrize("bounds", ["clip", pytest.param("tanh", marks=pytest.mark.slow)])
 def test_a_target_is_learnt(bounds):
     box = Box(jnp.array([-2.0, 0.0]), jnp.array([2.0, 10.0]), (2,), jnp.array([1.0, 3.0]))
     config = A3CConfig(

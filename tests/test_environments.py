@@ -63,7 +63,9 @@ def gymnax_step(name, params):
     return step
 
 
-@pytest.mark.parametrize(("name", "limit"), [("CartPole-v1", 4), ("Acrobot-v1", 3)])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("CartPole-v1", 4), pytest.param("Acrobot-v1", 3, marks=pytest.mark.slow)]
+)
 def test_a_step_is_gymnax_own_step_for_each_environment_bit_for_bit(name, limit):
     # Operation by operation: two compiled programs may round differently, equal arithmetic or not.
     environment = make(name, max_steps_in_episode=limit)
@@ -88,7 +90,12 @@ def test_a_step_is_gymnax_own_step_for_each_environment_bit_for_bit(name, limit)
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("CartPole-v1", 12), ("Acrobot-v1", 70), ("Catch-bsuite", 1000)]
+    ("name", "limit"),
+    [
+        ("CartPole-v1", 12),
+        pytest.param("Acrobot-v1", 70, marks=pytest.mark.slow),
+        ("Catch-bsuite", 1000),
+    ],
 )
 def test_a_compiled_step_is_gymnax_own_step_over_hundreds_of_random_steps(name, limit):
     num_envs, num_steps = 5, 300
@@ -168,7 +175,13 @@ def test_copies_start_and_restart_differently(falling):
     assert len(np.unique(restarts, axis=0)) == len(restarts)
 
 
-@pytest.mark.parametrize("name", DISCRETE)
+IN_SHORT = {"CartPole-v1", "Catch-bsuite", "FrozenLake-misc", "SpaceInvaders-MinAtar"}
+IN_SHORT |= SLOW_TO_COMPILE  # which is not done here
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in IN_SHORT else pytest.mark.slow) for n in DISCRETE]
+)
 def test_every_discrete_environment_resets_and_steps_with_the_shapes_it_announces(name):
     environment = make(name)
     assert environment.num_actions >= 2

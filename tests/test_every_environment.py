@@ -19,7 +19,7 @@ CANNOT_RUN = {
 }
 # Those whose episodes may last for thousands of steps are cut short for the evaluation.
 TINY = {"num_workers": 2, "envs_per_worker": 2, "t_max": 2, "hidden_sizes": (4,), "max_steps": 12}
-QUICK = {"Pendulum-v1", "Breakout-MinAtar"}
+QUICK = {"Breakout-MinAtar"}
 CONTINUOUS = {
     "Pendulum-v1", "MountainCarContinuous-v0", "PointRobot-misc", "Reacher-misc", "Swimmer-misc",
 }  # fmt: skip

@@ -46,8 +46,10 @@ def refused(capsys, program, arguments):
 
 @pytest.mark.parametrize(
     "options",
-    [{"optimizer": "rmsprop"}, {"normalize_rewards": True, "normalize_observations": True}],
-    ids=["rmsprop", "normalized"],
+    [
+        pytest.param({"optimizer": "rmsprop"}, id="rmsprop", marks=pytest.mark.slow),
+        pytest.param({"normalize_rewards": True, "normalize_observations": True}, id="normalized"),
+    ],
 )
 def test_synchronous_updates_are_those_of_train_with_one_worker(options):
     updates = 12
@@ -74,6 +76,7 @@ def test_the_synchronous_program_solves_cartpole(capsys):
     assert float(output.split("greedy evaluation: mean ")[1].split(",")[0]) >= 475
 
 
+@pytest.mark.slow  # as is the comparison with `train` above, which needs it
 def test_the_synchronous_program_normalizes_rewards(capsys):
     trained = synchronous.main([*TINY, "--max-steps", "400", "--normalize-rewards"])
     assert (trained.stop_reason, trained.environment_steps) == ("max_steps", 800)  # 50 of 16

@@ -202,6 +202,8 @@ def test_rows_and_logs_can_be_taken_while_another_thread_counts():
                 begun.set()
         except BaseException as error:
             errors.append(error)
+        finally:
+            begun.set()
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()

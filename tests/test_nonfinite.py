@@ -235,7 +235,7 @@ def test_skipped_updates_are_counted_on_when_a_run_goes_on(tmp_path):
         assert_equal_runs(train(config, environment, resume=checkpoint), whole)
 
 
-@pytest.mark.parametrize("nonfinite", ["skip", "stop"])
+@pytest.mark.parametrize("nonfinite", ["skip", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_return_that_is_no_number_does_not_end_the_search_for_the_best(nonfinite):
     # The first episodes return NaN. Where it terminates an episode, the loss sees another reward.
     environment = LastReward()

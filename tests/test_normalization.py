@@ -139,7 +139,7 @@ def test_the_shared_moments_are_those_of_everything_that_all_workers_saw():
         np.testing.assert_allclose(shared.squared_deviations, m2, rtol=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "rmsprop"])
 def test_a_run_that_normalises_resumes_and_replays_bit_for_bit(tmp_path, optimizer):
     config = small(optimizer=optimizer, **BOTH)
     whole = train(config)

@@ -36,7 +36,13 @@ def build(name):
     return a3c_jax.build(start.config), start, end
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(
+    params=[
+        "cartpole",
+        pytest.param("normalized", marks=pytest.mark.slow),
+        pytest.param("lstm", marks=pytest.mark.slow),
+    ]
+)
 def old(request):
     return build(request.param)
 

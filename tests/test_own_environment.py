@@ -29,6 +29,7 @@ from a3c_jax.blueprint import make_blueprint
 TINY = {"num_workers": 2, "envs_per_worker": 2, "t_max": 5, "hidden_sizes": (8,)}
 
 
+@pytest.mark.slow
 def test_the_corridor_is_walked_in_the_fewest_steps_on_ten_of_ten_seeds():
     program = build(A3CConfig(max_steps=50_000, entropy_cost=0.05), environment=corridor.Corridor())
     for seed in range(10):
@@ -94,8 +95,15 @@ def test_an_object_with_reset_and_the_six_value_step_is_played_as_it_is():
     assert lengths.min() >= 10
 
 
-@pytest.mark.parametrize("kind", ["dict", "tuple"])
-@pytest.mark.parametrize("core", [None, "gru"])
+@pytest.mark.parametrize(
+    ("core", "kind"),
+    [
+        (None, "tuple"),
+        pytest.param(None, "dict", marks=pytest.mark.slow),
+        pytest.param("gru", "tuple", marks=pytest.mark.slow),
+        pytest.param("gru", "dict", marks=pytest.mark.slow),
+    ],
+)
 def test_spaces_of_several_parts_are_learnt_from_end_to_end(kind, core):
     class Parts(Plain):
         def _show(self, x):

@@ -340,7 +340,9 @@ def test_a_step_can_be_wrapped(run):
     assert len(calls) == result.version == 10
 
 
-@pytest.mark.parametrize("name", ["program", "training", "replaying"])
+@pytest.mark.parametrize(
+    "name", ["program", "training", pytest.param("replaying", marks=pytest.mark.slow)]
+)
 def test_the_examples_in_the_docstrings_hold(name):
     results = doctest.testmod(importlib.import_module(f"a3c_jax.asynchrony.{name}"))
     assert results.attempted > 1 and results.failed == 0

@@ -19,7 +19,9 @@ from a3c_jax.networks import ActorCritic, network_functions, trajectory_apply
 T, N = 7, 3
 NETWORKS = [
     pytest.param(
-        {"core": core, "shared_torso": shared}, id=f"{core}-{'shared' if shared else 'separate'}"
+        {"core": core, "shared_torso": shared},
+        id=f"{core}-{'shared' if shared else 'separate'}",
+        marks=() if shared == (core == "lstm") else pytest.mark.slow,
     )
     for core in ("lstm", "gru")
     for shared in (True, False)
@@ -219,6 +221,7 @@ RECALL = {
 }
 
 
+@pytest.mark.slow
 def test_memory_learns_what_no_policy_without_it_can():
     environment = Recall(4, recalls)
     means = {}
@@ -246,7 +249,7 @@ def test_the_carry_goes_on_from_segment_to_segment_and_is_fresh_where_an_episode
             assert (not np.asarray(leaf).any()) == at_a_start
 
 
-@pytest.mark.parametrize("core", ["lstm", "gru"])
+@pytest.mark.parametrize("core", [pytest.param("lstm", marks=pytest.mark.slow), "gru"])
 def test_a_run_with_memory_resumes_and_replays_bit_for_bit(tmp_path, core):
     config = small(core=core, core_size=4, max_steps=400)
     whole = train(config)

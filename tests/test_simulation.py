@@ -209,6 +209,7 @@ RATES = [1e-2, 1e-2, 3e-2, 1e-2]
 IMPOSSIBLE = 16  # in whose segment an episode ends
 
 
+@pytest.mark.slow  # those above are mapped over schedules
 def test_mapped_over_seeds_and_learning_rates_every_run_is_itself(simulate, mapped):
     for run, seed, rate in list(zip(mapped, SEEDS, RATES, strict=True))[:3]:
         single = simulate(seed, rate, fixed_delay(2, UPDATES, num_workers=2))
@@ -222,6 +223,7 @@ def test_mapped_over_seeds_and_learning_rates_every_run_is_itself(simulate, mapp
     assert np.abs(first - second).max() > 1e-2 and np.abs(second - third).max() > 1e-2
 
 
+@pytest.mark.slow  # a row and "skip", and "stop" for what is not finite, are tested below
 def test_a_row_that_cannot_be_ends_the_run_where_the_configuration_says_stop(mapped):
     whole, stopped = mapped[0], mapped[-1]
     assert whole.applied.all()
@@ -313,7 +315,7 @@ def test_schedules_and_simulations_that_cannot_be_are_refused(call, error, messa
         call()
 
 
-@pytest.mark.parametrize("module", [schedules, simulation])
+@pytest.mark.parametrize("module", [schedules, pytest.param(simulation, marks=pytest.mark.slow)])
 def test_the_examples_in_the_docstrings_hold(module):
     results = doctest.testmod(module)
     assert results.attempted > 2 and results.failed == 0

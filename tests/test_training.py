@@ -46,11 +46,13 @@ def probe(steps, **arguments):
     return a3c_jax.train(A3CConfig(**LEARN, max_steps=steps), environment=Probe(**arguments))
 
 
+@pytest.mark.slow  # as is every learning test of a value here but for that of the time limit
 def test_the_critic_learns_a_constant_and_an_observed_reward():
     result = probe(60_000, length=1, reward=lambda sign, action, last: 3.0 + sign)
     np.testing.assert_allclose(values(result, [[1.0, 1.0], [-1.0, 1.0]]), [4.0, 2.0], atol=0.05)
 
 
+@pytest.mark.slow
 def test_the_critic_discounts_a_reward_at_the_end():
     result = probe(60_000, length=3, reward=lambda sign, action, last: 1.0 * last)
     # One step before the end: 1. Two: 0.5. Three: 0.25.
@@ -75,6 +77,7 @@ def test_a_time_limit_is_worth_the_future_and_a_termination_nothing():
     )
 
 
+@pytest.mark.slow  # a delayed reward, below, needs this too
 def test_the_actor_learns_to_answer_its_observation():
     result = probe(60_000, length=1, reward=lambda sign, action, last: sign * (2 * action - 1))
     evaluation = a3c_jax.evaluate(
@@ -250,8 +253,19 @@ def test_the_terminal_reward_changes_learning_and_not_the_reported_returns():
     np.testing.assert_array_equal(b.episodes.episode_return, b.episodes.length)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "momentum", "shared_rmsprop", "rmsprop"])
-@pytest.mark.parametrize("shared_torso", [False, True])
+@pytest.mark.parametrize(
+    ("shared_torso", "optimizer"),
+    [
+        (False, "adam"),
+        (True, "momentum"),
+        (False, "shared_rmsprop"),
+        (True, "rmsprop"),
+        pytest.param(True, "adam", marks=pytest.mark.slow),
+        pytest.param(False, "momentum", marks=pytest.mark.slow),
+        pytest.param(True, "shared_rmsprop", marks=pytest.mark.slow),
+        pytest.param(False, "rmsprop", marks=pytest.mark.slow),
+    ],
+)
 def test_every_optimizer_and_torso_trains(optimizer, shared_torso):
     config = A3CConfig(
         **SMALL,

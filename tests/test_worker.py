@@ -101,9 +101,19 @@ class OwnForDicts(nn.Module):
         return self.actor(observation), self.critic(observation)
 
 
-@pytest.mark.parametrize("kind", [dict, tuple])
+GRU, NORMALIZED = {"core": "gru", "core_size": 3}, {"normalize_observations": True}
+
+
 @pytest.mark.parametrize(
-    "fields", [{}, {"core": "gru", "core_size": 3}, {"normalize_observations": True}], ids=str
+    ("fields", "kind"),
+    [
+        pytest.param({}, dict, id="dict", marks=pytest.mark.slow),
+        pytest.param({}, tuple, id="tuple", marks=pytest.mark.slow),
+        pytest.param(GRU, dict, id="gru-dict"),
+        pytest.param(GRU, tuple, id="gru-tuple", marks=pytest.mark.slow),
+        pytest.param(NORMALIZED, dict, id="normalized-dict", marks=pytest.mark.slow),
+        pytest.param(NORMALIZED, tuple, id="normalized-tuple"),
+    ],
 )
 def test_observations_that_are_trees_give_the_gradients_of_their_leaves_side_by_side(kind, fields):
     reward = lambda sign, action, last: sign * (2 * action - 1) + 0.25 * last  # noqa: E731
