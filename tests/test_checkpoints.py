@@ -519,8 +519,11 @@ def test_another_environment_is_refused(checkpoint):
             return jnp.pad(super()._observe(state), ((0, 0), (0, 1)))
 
     wider = Wider()
-    with pytest.raises(CheckpointError, match=r"params 'params/.*kernel' is float32\[3, 8\]"):
+    with pytest.raises(ValueError, match=r"environment must be small_runs\.Walk, as in the run"):
         train(small(num_workers=2), wider, resume=checkpoint)
+    unnamed = checkpoint._replace(objects=None)  # as in files of earlier versions
+    with pytest.raises(CheckpointError, match=r"params 'params/.*kernel' is float32\[3, 8\]"):
+        train(small(num_workers=2), wider, resume=unnamed)
 
 
 # What `train` saves.
