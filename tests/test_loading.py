@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+import pickle
 
 import chex
 import jax
@@ -38,6 +39,19 @@ def test_a_run_comes_back_ready_to_act_and_to_go_on(tmp_path):
     ]
     np.testing.assert_array_equal(*returns)
     assert run.checkpoint.version == result.version
+
+
+def test_a_result_can_be_pickled():
+    result = a3c_jax.train(A3CConfig(**TINY))
+    again = pickle.loads(pickle.dumps(result))
+    chex.assert_trees_all_equal(again.params, result.params)
+    returns = [
+        a3c_jax.evaluate(
+            a3c_jax.sampled_policy(r.network), r.params, r.environment, r.evaluation_key, 3
+        ).returns
+        for r in (again, result)
+    ]
+    np.testing.assert_array_equal(*returns)
 
 
 @pytest.fixture(scope="module")

@@ -256,9 +256,9 @@ def test_nonsense_is_refused_as_the_configuration_refuses_it(built):
 
 def test_what_is_built_already_takes_no_environment_or_network(built):
     for options in ({"environment": WALK}, {"network": Linear()}):
-        with pytest.raises(ValueError, match="environment and network belong to build"):
+        with pytest.raises(ValueError, match="must not be given beside a Program"):
             train(built, **options)
-        with pytest.raises(ValueError, match="environment and network belong to build"):
+        with pytest.raises(ValueError, match="must not be given beside a Program"):
             replay(built, a3c_jax.round_robin(3, 3), **options)
 
 
@@ -299,7 +299,8 @@ def test_parameters_of_another_network_are_refused_by_name():
 
 def test_a_program_is_a_value_with_these_parts(built):
     assert [field.name for field in dataclasses.fields(built)] == [
-        "config", "blueprint", "step", "updater", "init", "start", "max_concurrent_calls", "seconds",
+        "config", "blueprint", "step", "updater", "init", "start", "max_concurrent_calls",
+        "single_kernel", "objects", "seconds",
     ]  # fmt: skip
     with pytest.raises(dataclasses.FrozenInstanceError):
         built.config = A3CConfig()

@@ -70,7 +70,7 @@ LENGTHS = ((3, 1, 7, 2), (5, 5, 1, 1), (1, 2, 3, 4), (11, 2, 1, 6))
 
 def parity(key, observation, carry):
     """A deterministic policy: the parity of the step."""
-    return (observation[:, 2] % 2).astype(jnp.int32), carry
+    return (observation[:, 2] % 2).astype(jnp.int32), jnp.zeros(len(observation)), carry
 
 
 def expected_episodes(lengths, num_steps):
@@ -189,7 +189,7 @@ class Noise(Scripted):
 
 
 def noisy(key, observation, carry):
-    return jax.random.bits(key, observation.shape, jnp.uint32), carry
+    return jax.random.bits(key, observation.shape, jnp.uint32), (), carry
 
 
 def test_no_two_steps_copies_segments_or_workers_share_random_numbers():
