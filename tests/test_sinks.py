@@ -14,6 +14,9 @@ import pytest
 from small_runs import program, small
 
 import a3c_jax
+from a3c_jax.asynchrony.metrics import Report
+from a3c_jax.asynchrony.run import Run
+from a3c_jax.asynchrony.training import _Reports
 from experiments import cartpole
 from experiments.command_line import main
 
@@ -56,6 +59,16 @@ def test_by_seconds_a_short_run_has_one_row():
     recorder = Recorder()
     a3c_jax.train(program(CONFIG), sinks=[recorder], interval=1e6)
     assert [row["updates"] for row in recorder.rows] == [25]
+
+
+def test_without_a_sink_no_rows_pile_up():
+    run = Run(program(CONFIG), updates_per_row=1)
+    params, version = run.store.pull()
+    gradients, _, statistics = run.program.step(params, run.states[0])
+    with run.store.applying(gradients, version) as update:
+        run.on_update(update, Report(statistics))
+    _Reports(run, (), None).tick()
+    assert run.counters.take_rows() == []
 
 
 def test_less_than_one_update_for_a_row_is_refused_and_sinks_are_closed():

@@ -55,7 +55,8 @@ def train(
       environment: what to play instead of the environment that the configuration names: an object with
         gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`.
       network: what to train instead of the network that the configuration describes: a module like
-        `a3c_jax.networks.ActorCritic`.
+        `a3c_jax.networks.ActorCritic`, or anything with `init` and `apply`
+        (`a3c_jax.networks.network_functions`).
       loss: what to minimise instead of A3C's loss: `loss(params, apply_fn, trajectory) -> (scalar, metrics)`,
         like `a3c_jax.losses.a3c_loss`.
       optimizer: an optax transformation of the parameter tree instead of the optimizer that the
@@ -178,8 +179,7 @@ class _Reports:
 
     def write(self, *, last: bool = False) -> None:
         """Sends the new rows and episodes to every sink."""
-        if not self._sinks:
-            return
+        # Taken even if there is no sink, so that they do not pile up.
         for row, episodes in self._run.counters.take_rows(last=last):
             for sink in self._sinks:
                 sink.write(row, episodes)
