@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
             print("the run failed before its worker had pulled parameters; up to there:")
         elif _fails_again(checkpoint, failed, objects):
             return
-        print("the update that failed in the run does not fail when it is repeated; up to it:")
+        else:
+            print("the update that failed in the run does not fail when it is repeated; up to it:")
     _compare(checkpoint, _replay(checkpoint, checkpoint.schedule, objects))
 
 

@@ -499,6 +499,17 @@ def test_the_command_finds_a_run_that_failed_for_another_reason_identical_up_to_
     assert "does not fail when it is repeated" in output
 
 
+def test_the_command_replays_a_run_that_failed_before_a_worker_had_pulled(run_replay, tmp_path):
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    train(small(), checkpoints=folder)
+    failure = {"error": "no thread", "worker": 0, "pulled_version": None, "update": 50}
+    (tmp_path / "failure.json").write_text(json.dumps(failure))
+    code, output = run_replay(tmp_path, environment=WALK)
+    assert (code, "identical:" in output) == (0, True), output
+    assert "failed before its worker had pulled" in output
+    assert "does not fail when it is repeated" not in output
+
+
 def test_a_step_that_raises_fails_as_it_does_in_a_run():
     def broken(params, state):
         raise ArithmeticError("broken")
