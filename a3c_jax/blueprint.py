@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,10 +14,11 @@ from a3c_jax.config import A3CConfig
 from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import ActorCritic, network_functions
 from a3c_jax.optimizers import make_optimizer
-from a3c_jax.own_checks import check_loss, check_optimizer, checked_loss
+from a3c_jax.own_checks import checked_loss, checked_optimizer
 from a3c_jax.worker import Loss, WorkerState, WorkerStep, make_worker_step
 
-Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
+MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
+Optimizer: TypeAlias = optax.GradientTransformation | MakeOptimizer
 
 
 class Blueprint(NamedTuple):
@@ -35,7 +35,7 @@ class Blueprint(NamedTuple):
     """
 
     environment: environments.Environment
-    network: nn.Module
+    network: Any
     worker_step: WorkerStep
     start: Callable[[Any, Any], WorkerState]
     init: Callable[[Any, Any], Any]
@@ -47,7 +47,7 @@ def make_blueprint(
     config: A3CConfig,
     *,
     environment: Any = None,
-    network: nn.Module | None = None,
+    network: Any = None,
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
 ) -> Blueprint:
@@ -79,20 +79,13 @@ def make_blueprint(
         environment_given=environment_given,
         network_given=network_given,
     )
-    if optimizer is not None:
-        check_optimizer(config, optimizer)
     loss_given = loss is not None
-    if loss is not None:
-        check_loss(config, loss)
-        loss = checked_loss(loss)
-    else:
-        loss = functools.partial(
-            a3c_loss,
-            discount=config.discount,
-            critic_cost=config.critic_cost,
-            entropy_cost=config.entropy_cost,
-            lambda_=config.gae_lambda,
-        )
+    loss = _describe_loss(config) if loss is None else checked_loss(config, loss)
+    make_weights_optimizer = (
+        functools.partial(_describe_optimizer, config)
+        if optimizer is None
+        else checked_optimizer(config, optimizer)
+    )
     worker_step = make_worker_step(
         environment,
         network,
@@ -108,7 +101,7 @@ def make_blueprint(
         worker_step=worker_step,
         start=_make_start(config, environment, network),
         init=_make_init(config, environment, network),
-        optimizer=lambda learning_rate: _make_optimizer(config, learning_rate, optimizer),
+        optimizer=_with_moments(config, make_weights_optimizer),
         evaluation_key=lambda seed: _split_seed(seed)[2],
     )
     if loss_given:  # traced once, so that its errors come before anything is compiled
@@ -142,7 +135,7 @@ def _describe_network(config: A3CConfig, environment: environments.Environment) 
 
 
 def _make_start(
-    config: A3CConfig, environment: environments.Environment, network: nn.Module
+    config: A3CConfig, environment: environments.Environment, network: Any
 ) -> Callable[[Any, Any], WorkerState]:
     functions = network_functions(network)
 
@@ -159,7 +152,7 @@ def _make_start(
 
 
 def _make_init(
-    config: A3CConfig, environment: environments.Environment, network: nn.Module
+    config: A3CConfig, environment: environments.Environment, network: Any
 ) -> Callable[[Any, Any], Any]:
     normalizes = config.normalize_observations or config.normalize_rewards
 
@@ -182,16 +175,21 @@ def _make_init(
     return init
 
 
-def _make_optimizer(
-    config: A3CConfig, learning_rate: Any, own: Optimizer | None
-) -> optax.GradientTransformation:
-    if own is None:
-        optimizer = _describe_optimizer(config, learning_rate)
-    else:
-        optimizer = own if isinstance(own, optax.GradientTransformation) else own(learning_rate)
-    if config.normalize_observations or config.normalize_rewards:
-        return normalization.merge_statistics(optimizer)
-    return optimizer
+def _describe_loss(config: A3CConfig) -> Loss:
+    return functools.partial(
+        a3c_loss,
+        discount=config.discount,
+        critic_cost=config.critic_cost,
+        entropy_cost=config.entropy_cost,
+        lambda_=config.gae_lambda,
+    )
+
+
+def _with_moments(config: A3CConfig, make_optimizer: MakeOptimizer) -> MakeOptimizer:
+    """The optimizer of the weights; if the parameters hold running moments, it merges those as well."""
+    if not (config.normalize_observations or config.normalize_rewards):
+        return make_optimizer
+    return lambda learning_rate: normalization.merge_statistics(make_optimizer(learning_rate))
 
 
 def _describe_optimizer(config: A3CConfig, learning_rate: Any) -> optax.GradientTransformation:

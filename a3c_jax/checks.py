@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from a3c_jax.config import A3CConfig
+from a3c_jax.config import A3CConfig, default_of
 from a3c_jax.distributions import Categorical, DiagonalGaussian
 from a3c_jax.gymnax_environment import GymnaxEnvironment
 from a3c_jax.networks import ActorCritic, NetworkFunctions, network_functions
@@ -71,15 +71,15 @@ def check_setup(
 
 def _check_environment_options(config: A3CConfig, environment: Environment) -> None:
     name = _name(environment)
-    if config.environment not in (_default("environment"), name):
+    if config.environment not in (default_of("environment"), name):
         raise ValueError(
             f"A3CConfig.environment must be {name!r} or stay at its default beside environment={name}, got "
             f"{config.environment!r}; leave it out, or pass no environment."
         )
     bounds = getattr(environment, "action_bounds", None)
-    if config.action_bounds not in (_default("action_bounds"), bounds):
+    if config.action_bounds not in (default_of("action_bounds"), bounds):
         raise ValueError(
-            f"A3CConfig.action_bounds must be {bounds or _default('action_bounds')!r} beside "
+            f"A3CConfig.action_bounds must be {bounds or default_of('action_bounds')!r} beside "
             f"environment={name}, which fits its actions itself, got {config.action_bounds!r}; leave it out, "
             "or make the environment with it."
         )
@@ -87,7 +87,7 @@ def _check_environment_options(config: A3CConfig, environment: Environment) -> N
 
 def _check_network_options(config: A3CConfig, network: Any) -> None:
     for field in _NETWORK_FIELDS:
-        value, default = getattr(config, field), _default(field)
+        value, default = getattr(config, field), default_of(field)
         is_same = isinstance(network, ActorCritic) and getattr(network, field) == value
         if value != default and not is_same:
             raise ValueError(
@@ -258,10 +258,6 @@ def _check_transition(
                 f"environment {name!r} must return {field} as {expected}[{num_envs}] for {num_envs} "
                 f"environments, got {array.dtype.name}{list(array.shape)}; return one number for each."
             )
-
-
-def _default(field: str) -> Any:
-    return A3CConfig.__dataclass_fields__[field].default
 
 
 def _name(environment: Any) -> str:

@@ -158,6 +158,11 @@ class A3CConfig:
         return dataclasses.asdict(self)
 
 
+def default_of(field: str) -> Any:
+    """The default of a field of `A3CConfig`."""
+    return A3CConfig.__dataclass_fields__[field].default
+
+
 def changes_needing_compilation(before: A3CConfig, now: A3CConfig) -> dict[str, tuple[Any, Any]]:
     """The differences between two configurations that need another compiled program.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from a3c_jax.config import A3CConfig
+from a3c_jax.config import A3CConfig, default_of
 
 _LOSS_FIELDS = ("critic_cost", "entropy_cost", "gae_lambda")
 _OPTIMIZER_FIELDS = (
@@ -16,12 +16,13 @@ _OPTIMIZER_FIELDS = (
 )  # fmt: skip
 
 
-def check_loss(config: A3CConfig, loss: Any) -> None:
-    """Checks that a loss is a function and that no option of A3C's loss was set beside it.
+def checked_loss(config: A3CConfig, loss: Any) -> Callable[..., Any]:
+    """The loss, with what it returns checked when it is traced.
 
     Raises:
-      TypeError: if it is no function.
-      ValueError: if an option was set.
+      TypeError: if it is no function; and when it is traced, if it returns no pair of a scalar float and a dict
+        of scalars.
+      ValueError: if an option of A3C's loss was set beside it.
     """
     if not callable(loss):
         raise TypeError(
@@ -29,14 +30,6 @@ def check_loss(config: A3CConfig, loss: Any) -> None:
             f"{loss!r}; give one like a3c_jax.losses.a3c_loss."
         )
     _check_defaults(config, _LOSS_FIELDS, "loss", "bind it to your loss with functools.partial")
-
-
-def checked_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss, with what it returns checked when it is traced.
-
-    Raises:
-      TypeError: if it returns no pair of a scalar float and a dict of scalars.
-    """
 
     def checked(params: Any, apply_fn: Any, trajectory: Any) -> Any:
         result = loss(params, apply_fn, trajectory)
@@ -60,17 +53,17 @@ def checked_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def check_optimizer(config: A3CConfig, optimizer: Any) -> None:
-    """Checks that an optimizer is one, and that no option of the built-in one was set beside it.
+def checked_optimizer(
+    config: A3CConfig, optimizer: Any
+) -> Callable[[Any], optax.GradientTransformation]:
+    """The optimizer as a function of the learning rate, which a fixed transformation does not read.
 
     Raises:
       TypeError: if it is neither an optax transformation nor a function of the learning rate that gives one.
       ValueError: if an option was set.
     """
-    made = optimizer
     is_function = not isinstance(optimizer, optax.GradientTransformation) and callable(optimizer)
-    if is_function:
-        made = optimizer(config.learning_rate)
+    made = optimizer(config.learning_rate) if is_function else optimizer
     if not isinstance(made, optax.GradientTransformation):
         raise TypeError(
             "optimizer must be an optax transformation, or a function that makes one of the learning rate, "
@@ -78,12 +71,13 @@ def check_optimizer(config: A3CConfig, optimizer: Any) -> None:
         )
     fields = _OPTIMIZER_FIELDS if is_function else (*_OPTIMIZER_FIELDS, "learning_rate")
     _check_defaults(config, fields, "optimizer", "build it into your optimizer")
+    return optimizer if is_function else lambda learning_rate: made
 
 
 def _check_defaults(config: A3CConfig, fields: tuple[str, ...], what: str, remedy: str) -> None:
     """Checks that options of the built-in `what` were left alone beside one that was passed in."""
     for field in fields:
-        value, default = getattr(config, field), A3CConfig.__dataclass_fields__[field].default
+        value, default = getattr(config, field), default_of(field)
         if value != default:
             raise ValueError(
                 f"A3CConfig.{field} belongs to the built-in {what} and must stay {default!r} beside "

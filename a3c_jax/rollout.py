@@ -27,7 +27,8 @@ class Trajectory(NamedTuple):
       carry: what a recurrent network remembered at the segment's start, a tree of `[N, ...]`; `()` for a
         feed-forward network.
       log_prob_tm1: the log-probability of the action under the policy that chose it, `[T, N]` float32, in nats.
-        A loss that compares that policy with the current one reads it. Computing it costs nothing if nobody does.
+        A loss that compares that policy with the current one reads it. If the loss does not, the compiler leaves
+        it out.
     """
 
     observation_tm1: Any

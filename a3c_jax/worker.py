@@ -6,7 +6,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -40,7 +39,7 @@ WorkerStep = Callable[[Any, WorkerState], tuple[Any, WorkerState, Statistics]]
 
 def make_worker_step(
     environment: Environment,
-    network: nn.Module,
+    network: Any,
     *,
     loss: Loss,
     t_max: int,
@@ -52,7 +51,7 @@ def make_worker_step(
 
     Args:
       environment: what to play.
-      network: a module like `a3c_jax.networks.ActorCritic`.
+      network: what to train; see `a3c_jax.networks.network_functions`.
       loss: `loss(params, apply_fn, trajectory) -> (loss, metrics)`: the scalar that the worker minimises and
         what to report about it, scalars by name. `a3c_jax.losses.a3c_loss` is one, and says what `apply_fn` is.
       t_max: the number of steps played in each environment between two updates.

@@ -24,6 +24,17 @@ PROBE = Probe(3, lambda sign, action, last: sign * (2 * action - 1) + 0.25 * las
 loss = functools.partial(a3c_loss, entropy_cost=0.02)
 
 
+def assert_equal_returns(policy, *runs):
+    """The policy gets the same returns with the parameters of each run."""
+    returns = [
+        a3c_jax.evaluate(
+            policy(run.network), run.params, run.environment, run.evaluation_key, 5
+        ).returns
+        for run in runs
+    ]
+    np.testing.assert_array_equal(*returns)
+
+
 def test_a_run_comes_back_ready_to_act_and_to_go_on(tmp_path):
     folder = CheckpointFolder(tmp_path / "checkpoints")
     result = train(small(max_steps=400, normalize_observations=True), checkpoints=folder)
@@ -31,13 +42,7 @@ def test_a_run_comes_back_ready_to_act_and_to_go_on(tmp_path):
     assert run.config == result.config
     chex.assert_trees_all_equal(run.params, result.params)
     chex.assert_trees_all_equal(run.best_params, result.best_params)
-    returns = [
-        a3c_jax.evaluate(
-            a3c_jax.greedy_policy(one.network), one.params, one.environment, one.evaluation_key, 5
-        ).returns
-        for one in (run, result)
-    ]
-    np.testing.assert_array_equal(*returns)
+    assert_equal_returns(a3c_jax.greedy_policy, run, result)
     assert run.checkpoint.version == result.version
 
 
@@ -45,13 +50,7 @@ def test_a_result_can_be_pickled():
     result = a3c_jax.train(A3CConfig(**TINY))
     again = pickle.loads(pickle.dumps(result))
     chex.assert_trees_all_equal(again.params, result.params)
-    returns = [
-        a3c_jax.evaluate(
-            a3c_jax.sampled_policy(r.network), r.params, r.environment, r.evaluation_key, 3
-        ).returns
-        for r in (again, result)
-    ]
-    np.testing.assert_array_equal(*returns)
+    assert_equal_returns(a3c_jax.sampled_policy, again, result)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from a3c_jax import A3CConfig
 from a3c_jax.blueprint import make_blueprint
 from experiments.measurements import (
     breakdown,
+    networks,
     reproduction,
     scaling,
     soak,
@@ -323,3 +324,20 @@ def test_bad_options_of_the_synchronous_program(capsys):
 def test_a_run_folder_that_exists_is_never_written_to(tmp_path, capsys, program):
     assert "run_dir must not exist" in refused(capsys, program, ["--run-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
+
+
+# The networks as users write them.
+
+
+def test_a_network_is_measured_in_all_its_forms(capsys):
+    tiny = ["--environments", "2", "--t-max", "2", "--rounds", "1", "--seconds", "0.001"]
+    networks.main(["--networks", "16", "lstm of 32", *tiny])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| 16", "| lstm of 32"]
+    for _, plain, jit, chosen, _ in rows:
+        assert float(plain) > 0 and float(jit) > 0
+        assert chosen in ("single kernel", "plain")
+
+
+def test_a_network_that_is_not_in_the_table_is_refused(capsys):
+    assert "networks must be among" in refused(capsys, networks, ["--networks", "resnet"])

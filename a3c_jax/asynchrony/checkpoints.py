@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from a3c_jax.asynchrony.checkpoint_files import (
     Checkpoint,
@@ -10,6 +11,7 @@ from a3c_jax.asynchrony.checkpoint_files import (
     read_mean_return,
     save_checkpoint,
 )
+from a3c_jax.asynchrony.trees import restore_from_vector, restore_leaves
 from a3c_jax.config import A3CConfig
 
 _SUFFIX = ".checkpoint"
@@ -60,6 +62,27 @@ def check_same_run(before: A3CConfig, now: A3CConfig) -> None:
                 f"A3CConfig.{name} must be the checkpoint's {value!r} to go on from it, got "
                 f"{now.as_dict()[name]!r}; only {', '.join(sorted(may_differ))} may change."
             )
+
+
+def restore_tree(what: str, saved: Any, like: Any) -> Any:
+    """The saved arrays as a tree like `like`.
+
+    Args:
+      what: what the tree is, for the error message.
+      saved: arrays by name; or one vector, as a file of format 1 holds it.
+      like: a tree of arrays of the right names, shapes and dtypes.
+
+    Raises:
+      CheckpointError: if the arrays do not fit.
+    """
+    restore: Any = restore_leaves if isinstance(saved, dict) else restore_from_vector
+    try:
+        return restore(what, saved, like)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the checkpoint does not fit: {error}; give the environment, the network and the "
+            "optimizer that the run was started with."
+        ) from None
 
 
 class CheckpointFolder:

@@ -7,10 +7,9 @@ import jax
 import numpy as np
 
 from a3c_jax import _compiled
-from a3c_jax.asynchrony.checkpoint_files import Checkpoint, CheckpointError
-from a3c_jax.asynchrony.checkpoints import find_checkpoint
+from a3c_jax.asynchrony.checkpoint_files import Checkpoint
+from a3c_jax.asynchrony.checkpoints import find_checkpoint, restore_tree
 from a3c_jax.asynchrony.objects import check_objects, name_objects
-from a3c_jax.asynchrony.trees import restore_from_vector, restore_leaves
 from a3c_jax.blueprint import make_blueprint
 from a3c_jax.config import A3CConfig
 from a3c_jax.environments import Environment
@@ -73,20 +72,11 @@ def load(path: str | Path, *, environment: Any = None, network: Any = None) -> L
     state = _compiled.compile_for_few_calls(blueprint.start)(seed, np.int32(0))
     like = _compiled.compile_for_few_calls(blueprint.init)(seed, state.observation)
 
-    def fill(what: str, arrays: Any) -> Any:
-        restore: Any = restore_leaves if isinstance(arrays, dict) else restore_from_vector
-        try:
-            return restore(what, arrays, like)
-        except ValueError as error:
-            raise CheckpointError(
-                f"the checkpoint does not fit: {error}; give the network that the run was started with."
-            ) from None
-
     return LoadedRun(
         checkpoint=checkpoint,
         environment=blueprint.environment,
         network=blueprint.network,
-        params=fill("params", checkpoint.params),
-        best_params=fill("best_params", checkpoint.best_params),
+        params=restore_tree("params", checkpoint.params, like),
+        best_params=restore_tree("best_params", checkpoint.best_params, like),
         evaluation_key=blueprint.evaluation_key(checkpoint.config.seed),
     )

@@ -114,7 +114,8 @@ def build(
       environment: what to play instead of the environment that the configuration names: an object with
         gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`.
       network: what to train instead of the network that the configuration describes: a module like
-        `a3c_jax.networks.ActorCritic`.
+        `a3c_jax.networks.ActorCritic`, or anything with `init` and `apply`
+        (`a3c_jax.networks.network_functions`).
       loss: what to minimise instead of A3C's loss: `loss(params, apply_fn, trajectory) -> (scalar, metrics)`,
         like `a3c_jax.losses.a3c_loss`.
       optimizer: an optax transformation of the parameter tree instead of the optimizer that the
@@ -127,8 +128,9 @@ def build(
       The program.
 
     Raises:
-      ValueError: if the environment is unknown or not supported, or if environment, network and
+      ValueError: if the environment is unknown or not supported, or if what is given and the
         configuration do not fit together.
+      TypeError: if an object lacks a method, or the loss or the optimizer is of another kind.
     """
     began = time.perf_counter()
     objects = {"environment": environment, "network": network}

@@ -1,7 +1,6 @@
 """One run of a program: what `train` with its threads and `replay` with its loop have in common."""
 
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint, CheckpointError, library_versions
-from a3c_jax.asynchrony.checkpoints import check_same_run
+from a3c_jax.asynchrony.checkpoints import check_same_run, restore_tree
 from a3c_jax.asynchrony.metrics import Counters, EpisodeLog, segment_metrics
 from a3c_jax.asynchrony.objects import check_objects
 from a3c_jax.asynchrony.parameters import (
@@ -22,7 +21,7 @@ from a3c_jax.asynchrony.parameters import (
 )
 from a3c_jax.asynchrony.program import Program
 from a3c_jax.asynchrony.threads import WorkerError
-from a3c_jax.asynchrony.trees import name_leaves, restore_from_vector, restore_leaves
+from a3c_jax.asynchrony.trees import name_leaves, restore_leaves
 from a3c_jax.config import A3CConfig
 from a3c_jax.environments import Environment
 
@@ -222,12 +221,12 @@ class Run:
         check_objects(checkpoint.objects, self.program.objects)
         now, _ = self.store.freeze(lambda: None)
         like = _compiled.unpack(now.snapshot.params)
-        params = _fill("params", checkpoint.params, like)
-        best_params = _fill("best_params", checkpoint.best_params, like)
+        params = restore_tree("params", checkpoint.params, like)
+        best_params = restore_tree("best_params", checkpoint.best_params, like)
         like = _compiled.unpack(now.optimizer_state)
-        optimizer_state = _fill("optimizer_state", checkpoint.optimizer_state, like)
+        optimizer_state = restore_tree("optimizer_state", checkpoint.optimizer_state, like)
         self.states[:] = [
-            _fill("states", saved, _compiled.unpack(state))
+            restore_tree("states", saved, _compiled.unpack(state))
             for saved, state in zip(
                 _by_worker(checkpoint.states, len(self.states)), self.states, strict=True
             )
@@ -249,20 +248,6 @@ class Run:
         )
         self._best = (checkpoint.best_mean_return, best_params)
         self._judge(params)
-
-
-def _fill(what: str, saved: Any, like: Any) -> Any:
-    """The saved arrays as a tree like `like`."""
-    fill: Callable[[str, Any, Any], Any] = (
-        restore_leaves if isinstance(saved, dict) else restore_from_vector
-    )
-    try:
-        return fill(what, saved, like)
-    except ValueError as error:
-        raise CheckpointError(
-            f"the checkpoint does not fit: {error}; give the environment, the network and the "
-            "optimizer that the run was started with."
-        ) from None
 
 
 def _by_worker(states: Any, num_workers: int) -> list[Any]:

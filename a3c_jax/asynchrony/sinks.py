@@ -33,7 +33,22 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
+class _Tracker:
+    """Logs to a library with `init(**options) -> run`, `run.log` and `run.finish`."""
+
+    _library: str
+
+    def __init__(self, **options: Any) -> None:
+        self._run = _import(self._library, self._library).init(**options)
+
+    def write(self, row: Row, episodes: EpisodeLog) -> None:
+        self._run.log(row, step=int(row["environment_steps"]))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class WeightsAndBiases(_Tracker):
     """Logs to Weights & Biases, with the environment steps as the step.
 
     Args:
@@ -43,17 +58,10 @@ class WeightsAndBiases:
       ImportError: if wandb is not installed.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self._run = _import("wandb", "wandb").init(**options)
-
-    def write(self, row: Row, episodes: EpisodeLog) -> None:
-        self._run.log(row, step=int(row["environment_steps"]))
-
-    def close(self) -> None:
-        self._run.finish()
+    _library = "wandb"
 
 
-class Trackio:
+class Trackio(_Tracker):
     """Logs to trackio, with the environment steps as the step.
 
     Args:
@@ -63,14 +71,7 @@ class Trackio:
       ImportError: if trackio is not installed.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self._run = _import("trackio", "trackio").init(**options)
-
-    def write(self, row: Row, episodes: EpisodeLog) -> None:
-        self._run.log(row, step=int(row["environment_steps"]))
-
-    def close(self) -> None:
-        self._run.finish()
+    _library = "trackio"
 
 
 class CallFunction:
