@@ -9,20 +9,26 @@ A worker is a pure function; asynchrony is a thin shell around it. The package h
 | `losses`              | n-step returns and advantages; actor, critic and entropy losses               |
 | `value_losses`        | one-step Q-learning and Sarsa, n-step Q-learning                              |
 | `distributions`       | categorical and diagonal Gaussian                                             |
+| `rules`               | what each field of the configuration must be                                  |
 | `config`              | `A3CConfig`, checked when it is made                                          |
+| `names`               | names with parameters, as in `Catch-bsuite?rows=5`                            |
 | `normalization`       | running mean and variance of observations and rewards                         |
 | `protocol`            | what an environment is to the rest of the package                             |
 | `cells`               | recurrent cells: LSTM and GRU                                                 |
 | `torsos`              | the first layers of a network: dense or convolutional                         |
 | `networks`            | `ActorCritic`: torso, recurrent core, heads                                   |
+| `action_values`       | a network that gives the value of every action; epsilon-greedy                |
 | `gymnax_environment`  | an environment of gymnax, side by side                                        |
 | `environments`        | `make(name)`: environments of gymnax and your own                             |
 | `rollout`             | the n-step unroll, `Trajectory`, the episodes that ended                      |
+| `algorithm`           | what a worker does: `Algorithm`, and A3C as one                               |
+| `q_learning`          | the paper's other three methods                                               |
+| `algorithms`          | algorithms by name                                                            |
 | `worker`              | `worker_step`: unroll, loss, gradients                                        |
 | `optimizers`          | optimizers by name, and one update as a pure function                         |
 | `reset_check`         | whether an environment begins anew when an episode has ended                  |
 | `checks`              | set-ups that would train without learning, refused                            |
-| `own_checks`          | losses and optimizers of your own that cannot work, refused                   |
+| `own_checks`          | algorithms, losses, optimizers of your own that cannot work, refused          |
 | `blueprint`           | what a configuration describes, as pure functions                             |
 
 **The asynchrony**, `a3c_jax.asynchrony`: the store, the worker threads, training, replay, simulation,
@@ -96,9 +102,9 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = [
-    "asynchrony", "blueprint", "cells", "checks", "config", "distributions", "environments",
-    "gymnax_environment", "losses", "networks", "normalization", "optimizers", "own_checks", "protocol",
-    "reset_check", "rollout", "torsos", "value_losses", "worker",
+    "action_values", "algorithm", "algorithms", "asynchrony", "blueprint", "cells", "checks", "config", "distributions",
+    "environments", "gymnax_environment", "losses", "names", "networks", "normalization", "optimizers",
+    "own_checks", "protocol", "q_learning", "reset_check", "rollout", "rules", "torsos", "value_losses", "worker",
 ]  # fmt: skip
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from a3c_jax import environments, normalization, rollout
+from a3c_jax.algorithm import Algorithm, Loss, MakeAlgorithm, a3c, add_shared
+from a3c_jax.algorithms import find_algorithm
 from a3c_jax.checks import check_setup
-from a3c_jax.config import A3CConfig
-from a3c_jax.losses import a3c_loss
-from a3c_jax.networks import ActorCritic, network_functions
-from a3c_jax.optimizers import make_optimizer
-from a3c_jax.own_checks import checked_loss, checked_optimizer
-from a3c_jax.worker import Loss, WorkerState, WorkerStep, make_worker_step
+from a3c_jax.config import A3CConfig, default_of
+from a3c_jax.optimizers import Updater, make_optimizer, make_updater
+from a3c_jax.own_checks import check_loss, checked_algorithm, checked_optimizer
+from a3c_jax.worker import WorkerState, WorkerStep, make_differentiate, make_worker_step
 
 MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
 Optimizer: TypeAlias = optax.GradientTransformation | MakeOptimizer
@@ -31,6 +31,7 @@ class Blueprint(NamedTuple):
       start: `start(seed, worker)` gives the initial state of a worker.
       init: `init(seed, observation)` gives the initial parameters. Only the observation's shape matters.
       optimizer: `optimizer(learning_rate)` gives an optax transformation of the parameter tree.
+      updater: `updater(learning_rate)` gives one update of the parameters by it, as pure functions.
       evaluation_key: `evaluation_key(seed)` gives a key for evaluation that no worker has used.
     """
 
@@ -39,8 +40,25 @@ class Blueprint(NamedTuple):
     worker_step: WorkerStep
     start: Callable[[Any, Any], WorkerState]
     init: Callable[[Any, Any], Any]
-    optimizer: Callable[[Any], optax.GradientTransformation]
+    optimizer: MakeOptimizer
+    updater: Callable[[Any], Updater]
     evaluation_key: Callable[[Any], jax.Array]
+
+
+class Parts(NamedTuple):
+    """What goes into a blueprint besides the configuration, checked to fit it.
+
+    Attributes:
+      environment: what is played.
+      network: what is trained if it was given as an object; None otherwise.
+      make_algorithm: makes the algorithm.
+      make_optimizer: `make_optimizer(config, learning_rate)` gives an optax transformation.
+    """
+
+    environment: environments.Environment
+    network: Any
+    make_algorithm: MakeAlgorithm
+    make_optimizer: Callable[[A3CConfig, Any], optax.GradientTransformation]
 
 
 def make_blueprint(
@@ -50,8 +68,33 @@ def make_blueprint(
     network: Any = None,
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
+    algorithm: MakeAlgorithm | None = None,
 ) -> Blueprint:
     """Makes what a configuration describes, but for its seed and its learning rate, which are arguments.
+
+    Args and Raises are those of `check_parts`.
+    """
+    parts = check_parts(
+        config,
+        environment=environment,
+        network=network,
+        loss=loss,
+        optimizer=optimizer,
+        algorithm=algorithm,
+    )
+    return describe(config, parts)
+
+
+def check_parts(
+    config: A3CConfig,
+    *,
+    environment: Any = None,
+    network: Any = None,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
+    algorithm: MakeAlgorithm | None = None,
+) -> Parts:
+    """Finds what a configuration names, takes what is given instead, and checks that all of it goes together.
 
     Args:
       config: the configuration.
@@ -60,105 +103,123 @@ def make_blueprint(
       loss: what to minimise instead of A3C's loss: `loss(params, apply_fn, trajectory) -> (scalar, metrics)`.
       optimizer: an optax transformation of the parameter tree instead of the optimizer that the configuration
         describes, or a function that makes one of the learning rate.
+      algorithm: what to do instead of the algorithm that the configuration names:
+        `algorithm(config, environment, network) -> a3c_jax.algorithm.Algorithm`.
 
     Raises:
       ValueError: if the environment is unknown or not supported, or if configuration, environment and network
         do not go together (see `a3c_jax.checks`).
-      TypeError: if the environment or the network lacks a method.
+      TypeError: if the environment, the network or the algorithm lacks a part.
     """
-    environment_given, network_given = environment is not None, network is not None
+    environment_given = environment is not None
     if not environment_given:
         environment = environments.make(config.environment, action_bounds=config.action_bounds)
     environment = environments.adapt(environment, config.action_bounds)
-    if network is None:
-        network = _describe_network(config, environment)
+    parts = Parts(
+        environment=environment,
+        network=network,
+        make_algorithm=_checked_algorithm(config, algorithm, loss),
+        make_optimizer=(
+            _describe_optimizer if optimizer is None else checked_optimizer(config, optimizer)
+        ),
+    )
     check_setup(
         config,
         environment,
-        network,
+        parts.make_algorithm(config, environment, network).network,
         environment_given=environment_given,
-        network_given=network_given,
+        network_given=network is not None,
     )
-    loss_given = loss is not None
-    loss = _describe_loss(config) if loss is None else checked_loss(config, loss)
-    make_weights_optimizer = (
-        functools.partial(_describe_optimizer, config)
-        if optimizer is None
-        else checked_optimizer(config, optimizer)
-    )
-    worker_step = make_worker_step(
-        environment,
-        network,
-        loss=loss,
-        t_max=config.t_max,
-        discount=config.discount,
-        reward_clip=config.reward_clip,
-        terminal_reward=config.terminal_reward,
-    )
-    blueprint = Blueprint(
+    # Traced once, so that errors of a loss or an algorithm come before anything is compiled.
+    if loss is not None or algorithm is not None or config.algorithm != "a3c":
+        check_traceable(describe(config, parts), config.learning_rate)
+    return parts
+
+
+def describe(config: A3CConfig, parts: Parts) -> Blueprint:
+    """The blueprint of a configuration, some of whose numbers may be traced (`A3CConfig.with_traced`)."""
+    environment = parts.environment
+    algorithm = parts.make_algorithm(config, environment, parts.network)
+    optimizer = _with_moments(config, functools.partial(parts.make_optimizer, config))
+    differentiate = make_differentiate(algorithm) if algorithm.learns_at_newest else None
+    return Blueprint(
         environment=environment,
-        network=network,
-        worker_step=worker_step,
-        start=_make_start(config, environment, network),
-        init=_make_init(config, environment, network),
-        optimizer=_with_moments(config, make_weights_optimizer),
+        network=algorithm.network,
+        worker_step=make_worker_step(
+            environment,
+            algorithm,
+            t_max=config.t_max,
+            discount=config.discount,
+            reward_clip=config.reward_clip,
+            terminal_reward=config.terminal_reward,
+        ),
+        start=_make_start(config, environment, algorithm),
+        init=_make_init(config, environment, algorithm),
+        optimizer=optimizer,
+        updater=lambda learning_rate: make_updater(
+            optimizer(learning_rate),
+            after_update=algorithm.after_update,
+            differentiate=differentiate,
+        ),
         evaluation_key=lambda seed: _split_seed(seed)[2],
     )
-    if loss_given:  # traced once, so that its errors come before anything is compiled
-        seed, worker = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
-        state = jax.eval_shape(blueprint.start, seed, worker)
-        params = jax.eval_shape(blueprint.init, seed, state.observation)
-        jax.eval_shape(worker_step, params, state)
-    return blueprint
 
 
-def _describe_network(config: A3CConfig, environment: environments.Environment) -> ActorCritic:
-    shape = environment.observation_shape
-    torso = config.torso
-    if torso == "auto":
-        is_image = normalization.is_shape(shape) and len(shape) == 3 and shape[:2] == (10, 10)
-        torso = "conv" if is_image else "mlp"
-    ndims = [len(shape) for shape in jax.tree.leaves(shape, is_leaf=normalization.is_shape)]
-    return ActorCritic(
-        num_actions=environment.num_actions,
-        continuous=environment.continuous,
-        hidden_sizes=config.hidden_sizes,
-        activation=config.activation,
-        shared_torso=config.shared_torso,
-        observation_ndim=ndims[0] if normalization.is_shape(shape) else tuple(ndims),
-        torso=torso,
-        core=config.core,
-        core_size=config.core_size,
-        forget_bias=config.forget_bias,
-        state_dependent_scale=config.state_dependent_scale,
-    )
+def check_traceable(blueprint: Blueprint, learning_rate: float) -> None:
+    """Traces one step of a worker and its update, so that what they raise is raised now."""
+    seed, worker = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.eval_shape(blueprint.start, seed, worker)
+    params = jax.eval_shape(blueprint.init, seed, state.observation)
+    gradients, _, _ = jax.eval_shape(blueprint.worker_step, params, state)
+    updater = blueprint.updater(learning_rate)
+    optimizer_state = jax.eval_shape(updater.init, params)
+    jax.eval_shape(updater.update, gradients, optimizer_state, params, worker)
+
+
+def _checked_algorithm(
+    config: A3CConfig, algorithm: MakeAlgorithm | None, loss: Loss | None
+) -> MakeAlgorithm:
+    """The algorithm that was given or named, with the loss that was given."""
+    if algorithm is not None and config.algorithm != default_of("algorithm"):
+        raise ValueError(
+            "A3CConfig.algorithm must stay at its default beside algorithm=..., got "
+            f"{config.algorithm!r}; leave it out."
+        )
+    found: Any = find_algorithm(config.algorithm) if algorithm is None else algorithm
+    if loss is not None:
+        check_loss(config, loss)
+        if getattr(found, "func", found) is not a3c:
+            raise ValueError(
+                "loss belongs to the algorithm 'a3c' and must not be given beside another one; bind it to your "
+                "algorithm with functools.partial."
+            )
+        found = functools.partial(found, loss=loss)
+    return checked_algorithm(found)
 
 
 def _make_start(
-    config: A3CConfig, environment: environments.Environment, network: Any
+    config: A3CConfig, environment: environments.Environment, algorithm: Algorithm
 ) -> Callable[[Any, Any], WorkerState]:
-    functions = network_functions(network)
-
     def start(seed: Any, worker: Any) -> WorkerState:
         _, workers_key, _ = _split_seed(seed)
         key = jax.random.fold_in(workers_key, worker)
-        carry = functions.initialize_carry(config.envs_per_worker)
+        carry = algorithm.initialize_carry(config.envs_per_worker)
         state = rollout.start(environment, key, config.envs_per_worker, carry)
         if config.normalize_rewards:
             state = state._replace(discounted_return=jnp.zeros(config.envs_per_worker))
-        return state
+        return state._replace(own=algorithm.init_own(jax.random.fold_in(key, 1), worker))
 
     return start
 
 
 def _make_init(
-    config: A3CConfig, environment: environments.Environment, network: Any
+    config: A3CConfig, environment: environments.Environment, algorithm: Algorithm
 ) -> Callable[[Any, Any], Any]:
     normalizes = config.normalize_observations or config.normalize_rewards
 
     def init(seed: Any, observation: Any) -> Any:
         network_key, _, _ = _split_seed(seed)
-        params = network.init(network_key, observation)
+        params = algorithm.network.init(network_key, observation)
         statistics = {}
         if normalizes and not isinstance(params, dict):
             raise TypeError(
@@ -170,19 +231,11 @@ def _make_init(
             statistics["observation"] = normalization.initial_moments(shape)
         if config.normalize_rewards:
             statistics["reward"] = normalization.initial_moments(())
-        return {**params, normalization.STATISTICS: statistics} if statistics else params
+        if statistics:
+            params = {**params, normalization.STATISTICS: statistics}
+        return add_shared(algorithm, params)
 
     return init
-
-
-def _describe_loss(config: A3CConfig) -> Loss:
-    return functools.partial(
-        a3c_loss,
-        discount=config.discount,
-        critic_cost=config.critic_cost,
-        entropy_cost=config.entropy_cost,
-        lambda_=config.gae_lambda,
-    )
 
 
 def _with_moments(config: A3CConfig, make_optimizer: MakeOptimizer) -> MakeOptimizer:

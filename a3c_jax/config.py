@@ -3,19 +3,21 @@
 No JAX work happens here, so that a command line can show its help, and refuse bad input, at once.
 """
 
+import copy
 import dataclasses
 import os
-import sys
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
-Optimizer = Literal["adam", "momentum", "shared_rmsprop", "rmsprop"]
-LearningRateSchedule = Literal["constant", "linear"]
-NonFinite = Literal["stop", "skip"]
-Torso = Literal["auto", "mlp", "conv"]
-Core = Literal["lstm", "gru"]
-ActionBounds = Literal["clip", "tanh"]
-Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]
+from a3c_jax.rules import (
+    RULES,
+    ActionBounds,
+    Activation,
+    Core,
+    LearningRateSchedule,
+    NonFinite,
+    Optimizer,
+    Torso,
+)
 
 
 def available_cores() -> int:
@@ -32,6 +34,8 @@ class A3CConfig:
     Attributes:
       environment: Name of a gymnax environment, or CartPole-v0, which is CartPole-v1 with a limit of 200 steps.
         Parameters may follow as in a URL. An environment that your own module registers is named module:id.
+      algorithm: What the workers do: a3c, or one of the paper's other methods, one_step_q, one_step_sarsa and
+        n_step_q. Arguments may follow as in a URL. One of your own is named module:function.
       seed: Seed of every random number in the run: the initial parameters, each worker, the evaluation.
       num_workers: Number of worker threads, each with its own environments. The default is the number of cores.
       envs_per_worker: Environments that each worker plays side by side. The paper's workers play one.
@@ -88,6 +92,7 @@ class A3CConfig:
     """
 
     environment: str = "CartPole-v1"
+    algorithm: str = "a3c"
     seed: int = 0
     num_workers: int = dataclasses.field(default_factory=available_cores)
     envs_per_worker: int = 8
@@ -129,7 +134,7 @@ class A3CConfig:
     solved_window: int = 100
 
     def __post_init__(self) -> None:
-        for name, rule in _RULES.items():
+        for name, rule in RULES.items():
             rule.check(name, getattr(self, name))
         object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
         if self.max_steps is None and self.max_episodes is None and self.solved_return is None:
@@ -153,9 +158,36 @@ class A3CConfig:
         """The smallest number of updates that play at least `max_steps`; None without that limit."""
         return None if self.max_steps is None else -(-self.max_steps // self.steps_per_update)
 
+    def with_traced(self, **numbers: Any) -> "A3CConfig":
+        """The same configuration with other numbers, which may be traced by JAX and so cannot be checked.
+
+        Args:
+          **numbers: fields of `TRACEABLE` that are not None.
+
+        Raises:
+          ValueError: if there is another field among them.
+        """
+        for name in numbers:
+            if name not in TRACEABLE or getattr(self, name) is None:
+                raise ValueError(
+                    f"A3CConfig.{name} must be one of {', '.join(TRACEABLE)}, and not None, to be traced; give "
+                    "it to the configuration."
+                )
+        traced = copy.copy(self)
+        for name, number in numbers.items():
+            object.__setattr__(traced, name, number)
+        return traced
+
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold."""
         return dataclasses.asdict(self)
+
+
+TRACEABLE = (
+    "learning_rate", "discount", "gae_lambda", "critic_cost", "entropy_cost", "reward_clip", "terminal_reward",
+    "max_gradient_norm", "adam_epsilon", "momentum", "rmsprop_decay", "rmsprop_epsilon",
+)  # fmt: skip
+"""The fields that are numbers in the compiled program, so that a simulation can be mapped over them."""
 
 
 def default_of(field: str) -> Any:
@@ -163,138 +195,36 @@ def default_of(field: str) -> Any:
     return A3CConfig.__dataclass_fields__[field].default
 
 
-def changes_needing_compilation(before: A3CConfig, now: A3CConfig) -> dict[str, tuple[Any, Any]]:
-    """The differences between two configurations that need another compiled program.
+OPTIMIZER_FIELDS = (
+    "optimizer", "learning_rate", "learning_rate_schedule", "adam_epsilon", "momentum", "rmsprop_decay",
+    "rmsprop_epsilon", "max_gradient_norm",
+)  # fmt: skip
+"""The fields that describe the optimizer. The worker step does not depend on them."""
 
-    A seed, a budget or a number of workers can change without compiling anything again, as long as neither the
-    learning rate's schedule nor the optimizer's state depends on it.
+_RUN_FIELDS = (
+    "seed", "num_workers", "max_steps", "max_episodes", "solved_return", "solved_window",
+    "max_concurrent_workers", "nonfinite",
+)  # fmt: skip
+
+
+def changes_needing_compilation(before: A3CConfig, now: A3CConfig) -> dict[str, tuple[Any, Any]]:
+    """The differences between two configurations that need another compiled worker step.
+
+    A seed, a budget, a number of workers or an optimizer can change without compiling the worker step again.
 
     Returns:
-      The values before and now, by the field's name. It is empty if the same program can run both.
+      The values before and now, by the field's name. It is empty if the same worker step can run both.
     """
-    run_only = {
-        "seed", "max_episodes", "solved_return", "solved_window", "max_concurrent_workers", "nonfinite",
-    }  # fmt: skip
-    if before.learning_rate_schedule == "constant":  # a linear one is annealed over max_steps
-        run_only.add("max_steps")
-    if before.optimizer != "rmsprop":  # which keeps statistics for each worker
-        run_only.add("num_workers")
     old, new = before.as_dict(), now.as_dict()
-    return {k: (old[k], new[k]) for k in old if old[k] != new[k] and k not in run_only}
+    free = {*_RUN_FIELDS, *OPTIMIZER_FIELDS}
+    return {k: (old[k], new[k]) for k in old if old[k] != new[k] and k not in free}
 
 
-class _Rule(NamedTuple):
-    """What a field must be.
-
-    Attributes:
-      text: the rule, as in 'must be > 0'.
-      remedy: what to write instead, as in 'use 2e-3'.
-      has_type: whether a value has the right type.
-      holds: whether a value of that type is in range.
-    """
-
-    text: str
-    remedy: str
-    has_type: Callable[[Any], bool]
-    holds: Callable[[Any], bool] = lambda value: True
-
-    def check(self, name: str, value: Any) -> None:
-        """Raises a TypeError or a ValueError if the value breaks the rule."""
-        if self.has_type(value) and self.holds(value):
-            return
-        kind = ValueError if self.has_type(value) else TypeError
-        raise kind(f"A3CConfig.{name} {self.text}, got {value!r}; {self.remedy}.")
-
-
-def _optional(rule: _Rule) -> _Rule:
-    return rule._replace(
-        has_type=lambda x: x is None or rule.has_type(x), holds=lambda x: x is None or rule.holds(x)
-    )
-
-
-def _integer(minimum: int, maximum: float = float("inf")) -> _Rule:
-    bound = f" and < {maximum + 1}" if maximum < float("inf") else ""
-    return _Rule(
-        f"must be an integer >= {minimum}{bound}",
-        f"use {minimum} or more" if not bound else "use a number in that range",
-        lambda x: type(x) is int,
-        lambda x: minimum <= x <= maximum,
-    )
-
-
-def _number(text: str, remedy: str, holds: Callable[[float], bool] = lambda x: True) -> _Rule:
-    return _Rule(
-        f"must be {text}",
-        f"use {remedy}",
-        lambda x: isinstance(x, int | float) and not isinstance(x, bool),
-        # Of an integer, too, that no float can hold; a NaN fails every comparison.
-        lambda x: abs(x) <= sys.float_info.max and holds(x),
-    )
-
-
-def _choice(options: Any) -> _Rule:
-    choices = get_args(options)
-    return _Rule(
-        f"must be one of {', '.join(map(str, choices))}",
-        f"use {choices[0]!r}",
-        lambda x: True,
-        lambda x: x in choices,
-    )
-
-
-def _flag(default: bool) -> _Rule:
-    return _Rule("must be True or False", f"use {default}", lambda x: isinstance(x, bool))
-
-
-_FINITE = "a finite number"
-_COUNT = _integer(1)
-_FRACTION = "a number in [0, 1]"
-_DECAY = "a number in [0, 1)"
-_WEIGHT = "a finite number >= 0"
-_POSITIVE = "a finite number > 0"
-
-_RULES = {
-    "environment": _Rule(
-        "must be a name that is not empty", "use 'CartPole-v1'", lambda x: isinstance(x, str), bool
-    ),
-    "seed": _integer(0, 2**32 - 1),
-    "num_workers": _COUNT,
-    "envs_per_worker": _COUNT,
-    "t_max": _COUNT,
-    "max_concurrent_workers": _optional(_COUNT),
-    "discount": _number(_FRACTION, "0.99", lambda x: 0 <= x <= 1),
-    "gae_lambda": _number(_FRACTION, "1.0", lambda x: 0 <= x <= 1),
-    "critic_cost": _number(_WEIGHT, "0.5, or 0 for none", lambda x: x >= 0),
-    "entropy_cost": _number(_WEIGHT, "0.01, or 0 for none", lambda x: x >= 0),
-    "normalize_observations": _flag(False),
-    "normalize_rewards": _flag(False),
-    "reward_clip": _optional(_number(_POSITIVE, "None for no limit", lambda x: x > 0)),
-    "terminal_reward": _optional(_number(_FINITE, "None for the environment's own")),
-    "optimizer": _choice(Optimizer),
-    "learning_rate": _number(_POSITIVE, "2e-3", lambda x: x > 0),
-    "learning_rate_schedule": _choice(LearningRateSchedule),
-    "adam_epsilon": _number(_POSITIVE, "1e-5", lambda x: x > 0),
-    "momentum": _number(_DECAY, "0.9", lambda x: 0 <= x < 1),
-    "rmsprop_decay": _number(_DECAY, "0.99", lambda x: 0 <= x < 1),
-    "rmsprop_epsilon": _number(_POSITIVE, "1e-5", lambda x: x > 0),
-    "max_gradient_norm": _optional(_number(_POSITIVE, "None for no limit", lambda x: x > 0)),
-    "nonfinite": _choice(NonFinite),
-    "torso": _choice(Torso),
-    "hidden_sizes": _Rule(
-        "must be a tuple of positive integers",
-        "use (128,)",
-        lambda x: isinstance(x, tuple | list) and all(type(n) is int for n in x),
-        lambda x: all(n > 0 for n in x),
-    ),
-    "activation": _choice(Activation),
-    "shared_torso": _flag(False),
-    "core": _optional(_choice(Core)),
-    "core_size": _COUNT,
-    "forget_bias": _number(_FINITE, "1.0"),
-    "action_bounds": _choice(ActionBounds),
-    "state_dependent_scale": _flag(True),
-    "max_steps": _optional(_COUNT),
-    "max_episodes": _optional(_COUNT),
-    "solved_return": _optional(_number(_FINITE, "None never to stop for it")),
-    "solved_window": _COUNT,
-}
+def is_same_optimizer(before: A3CConfig, now: A3CConfig) -> bool:
+    """Whether two configurations describe the same optimizer, so that its compiled update can run both."""
+    fields = [*OPTIMIZER_FIELDS]
+    if now.learning_rate_schedule == "linear":
+        fields.append("max_updates")  # over which it is annealed
+    if now.optimizer == "rmsprop":
+        fields.append("num_workers")  # for each of which it keeps statistics
+    return all(getattr(before, field) == getattr(now, field) for field in fields)

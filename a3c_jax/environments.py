@@ -1,12 +1,10 @@
 """Environments by name, and objects with gymnax's interface, in one small batched protocol."""
 
-import ast
 import difflib
-import importlib
-import urllib.parse
 from typing import Any
 
 from a3c_jax.gymnax_environment import GymnaxEnvironment
+from a3c_jax.names import import_named, parse_name
 from a3c_jax.protocol import Environment, Transition
 
 import gymnax  # isort: skip  (the module above sets up the process first)
@@ -75,11 +73,12 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> GymnaxEnvi
       ValueError: if no such environment is registered (the message names the nearest), if it has no such
         parameter, or if its spaces are not supported.
     """
-    base, _, query = str(name).partition("?")
-    params = _parse(name, query) | params
-    module, _, base = base.rpartition(":")
+    module, base, named = parse_name(
+        "environment", name, "MemoryChain-bsuite?memory_length=10&num_bits=3"
+    )
+    params = named | params
     if module:
-        _import_module(name, module)
+        import_named("environment", name, module)
     base, variant = _VARIANTS.get(base, (base, {}))
     if base not in gymnax.registered_envs:
         raise ValueError(
@@ -102,28 +101,6 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> GymnaxEnvi
     if changed:
         defaults = defaults.replace(**changed)
     return GymnaxEnvironment(str(name), environment, defaults, action_bounds)
-
-
-def _import_module(name: str, module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"environment {name!r} names the module {module!r}, which cannot be imported ({error}); "
-            "start Python in its folder, or install it."
-        ) from error
-
-
-def _parse(name: str, query: str) -> dict[str, Any]:
-    """The parameters in a name, `a=1&b=2.5`, as Python's numbers and booleans."""
-    try:
-        pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
-        return {key: ast.literal_eval(value) for key, value in pairs}
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(
-            f"the parameters of environment {name!r} must be numbers, as in "
-            f"'MemoryChain-bsuite?memory_length=10&num_bits=3'; {error}."
-        ) from error
 
 
 def _near(name: str) -> str:

@@ -85,24 +85,24 @@ class ActorCritic(nn.Module):
         return self.core is not None
 
     def setup(self) -> None:
-        activation = ACTIVATIONS[self.activation]
-
-        def trunk() -> Trunk:
-            torso = (
-                Conv(self.hidden_sizes, activation)
-                if self.torso == "conv"
-                else MLP(self.hidden_sizes, activation, self.observation_ndim)
-            )
-            return Trunk(torso, self.core, self.core_size, self.forget_bias)
-
-        self.actor_trunk = trunk()
-        self.critic_trunk = self.actor_trunk if self.shared_torso else trunk()
+        self.actor_trunk = self.make_trunk()
+        self.critic_trunk = self.actor_trunk if self.shared_torso else self.make_trunk()
         self.policy_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
         self.value_head = nn.Dense(1, kernel_init=_VALUE_INIT)
         if self.continuous and self.state_dependent_scale:
             self.scale_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
         elif self.continuous:
             self.log_scale = self.param("log_scale", nn.initializers.zeros, (self.num_actions,))
+
+    def make_trunk(self) -> Trunk:
+        """Torso and core, everything but the heads."""
+        activation = ACTIVATIONS[self.activation]
+        torso = (
+            Conv(self.hidden_sizes, activation)
+            if self.torso == "conv"
+            else MLP(self.hidden_sizes, activation, self.observation_ndim)
+        )
+        return Trunk(torso, self.core, self.core_size, self.forget_bias)
 
     def initialize_carry(self, num_envs: int) -> Carry:
         """What the network remembers at an episode's start, a tree of `[N, ...]`; `()` without a core."""

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from a3c_jax.algorithm import join_shared, split_shared
+
 Array = jax.Array
 
 
@@ -37,24 +39,38 @@ class Updater(NamedTuple):
     update: Callable[[Any, OptimizerState, Any, Any], tuple[Any, OptimizerState]]
 
 
-def make_updater(optimizer: optax.GradientTransformation) -> Updater:
+def make_updater(
+    optimizer: optax.GradientTransformation,
+    *,
+    after_update: Callable[[Any], Any] | None = None,
+    differentiate: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+) -> Updater:
     """Makes an `Updater` from an optax transformation.
 
     Args:
       optimizer: the transformation. If its `update` takes the extra argument `worker`, it is told which
-        worker sent the gradients.
+        worker sent the gradients. It does not see what an algorithm shares besides the parameters.
+      after_update: the algorithm's, see `a3c_jax.algorithm.Algorithm`.
+      differentiate: `(params, segment) -> (gradients, metrics)`. If given, `update` gets a segment in place of
+        the gradients, and differentiates it at the parameters that it is given.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> OptimizerState:
-        return OptimizerState(optimizer.init(params), jnp.bool_(True))
+        weights, _ = split_shared(params)
+        return OptimizerState(optimizer.init(weights), jnp.bool_(True))
 
     def update(
         gradients: Any, optimizer_state: OptimizerState, params: Any, worker: Any
     ) -> tuple[Any, OptimizerState]:
+        if differentiate is not None:
+            gradients, _ = differentiate(params, gradients)
         old_state = optimizer_state.state
-        updates, new_state = optimizer.update(gradients, old_state, params, worker=worker)
-        new_params = optax.apply_updates(params, updates)
+        weights, shared = split_shared(params)
+        updates, new_state = optimizer.update(gradients, old_state, weights, worker=worker)
+        new_params = join_shared(optax.apply_updates(weights, updates), shared)
+        if after_update is not None:
+            new_params = after_update(new_params)
         finite = all_finite((gradients, new_params, new_state))
         params, state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

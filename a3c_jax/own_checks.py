@@ -1,4 +1,4 @@
-"""Refuses a loss or an optimizer of your own that cannot work, before anything is compiled."""
+"""Refuses an algorithm, a loss or an optimizer of your own that cannot work, before anything is compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,21 +7,45 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from a3c_jax.algorithm import Algorithm, MakeAlgorithm
 from a3c_jax.config import A3CConfig, default_of
 
-_LOSS_FIELDS = ("critic_cost", "entropy_cost", "gae_lambda")
+LOSS_FIELDS = ("critic_cost", "entropy_cost", "gae_lambda")
 _OPTIMIZER_FIELDS = (
     "optimizer", "learning_rate_schedule", "adam_epsilon", "momentum", "rmsprop_decay", "rmsprop_epsilon",
     "max_gradient_norm",
 )  # fmt: skip
 
 
-def checked_loss(config: A3CConfig, loss: Any) -> Callable[..., Any]:
-    """The loss, with what it returns checked when it is traced.
+def checked_algorithm(make_algorithm: Any) -> MakeAlgorithm:
+    """The algorithm, checked when it is made; what its loss returns is checked when that is traced.
 
     Raises:
-      TypeError: if it is no function; and when it is traced, if it returns no pair of a scalar float and a dict
-        of scalars.
+      TypeError: if it is no function; and when it is made, if it returns no `Algorithm`.
+    """
+    if not callable(make_algorithm):
+        raise TypeError(
+            "algorithm must be a function (config, environment, network) -> Algorithm, got "
+            f"{make_algorithm!r}; give one like a3c_jax.algorithm.a3c."
+        )
+
+    def make(config: A3CConfig, environment: Any, network: Any) -> Algorithm:
+        made = make_algorithm(config, environment, network)
+        if not isinstance(made, Algorithm):
+            raise TypeError(
+                "algorithm must return an a3c_jax.algorithm.Algorithm, got "
+                f"{type(made).__name__}; see a3c_jax.algorithm.a3c."
+            )
+        return made._replace(loss=_with_checked_result(made.loss))
+
+    return make
+
+
+def check_loss(config: A3CConfig, loss: Any) -> None:
+    """Checks a loss beside a configuration; what it returns is checked when it is traced.
+
+    Raises:
+      TypeError: if it is no function.
       ValueError: if an option of A3C's loss was set beside it.
     """
     if not callable(loss):
@@ -29,10 +53,14 @@ def checked_loss(config: A3CConfig, loss: Any) -> Callable[..., Any]:
             "loss must be a function (params, apply_fn, trajectory) -> (scalar, metrics), got "
             f"{loss!r}; give one like a3c_jax.losses.a3c_loss."
         )
-    _check_defaults(config, _LOSS_FIELDS, "loss", "bind it to your loss with functools.partial")
+    check_defaults(config, LOSS_FIELDS, "loss", "bind it to your loss with functools.partial")
 
-    def checked(params: Any, apply_fn: Any, trajectory: Any) -> Any:
-        result = loss(params, apply_fn, trajectory)
+
+def _with_checked_result(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss; a TypeError when it is traced if it returns no pair of a scalar and a dict of scalars."""
+
+    def checked(*arguments: Any) -> Any:
+        result = loss(*arguments)
         if not isinstance(result, tuple) or len(result) != 2:
             raise TypeError(
                 "loss must return a pair (scalar, metrics), got "
@@ -55,8 +83,8 @@ def checked_loss(config: A3CConfig, loss: Any) -> Callable[..., Any]:
 
 def checked_optimizer(
     config: A3CConfig, optimizer: Any
-) -> Callable[[Any], optax.GradientTransformation]:
-    """The optimizer as a function of the learning rate, which a fixed transformation does not read.
+) -> Callable[[A3CConfig, Any], optax.GradientTransformation]:
+    """The optimizer as a function of configuration and learning rate, which a fixed transformation does not read.
 
     Raises:
       TypeError: if it is neither an optax transformation nor a function of the learning rate that gives one.
@@ -70,11 +98,11 @@ def checked_optimizer(
             f"got {made!r}; give optax.adam(1e-3), for instance."
         )
     fields = _OPTIMIZER_FIELDS if is_function else (*_OPTIMIZER_FIELDS, "learning_rate")
-    _check_defaults(config, fields, "optimizer", "build it into your optimizer")
-    return optimizer if is_function else lambda learning_rate: made
+    check_defaults(config, fields, "optimizer", "build it into your optimizer")
+    return lambda config, learning_rate: optimizer(learning_rate) if is_function else made
 
 
-def _check_defaults(config: A3CConfig, fields: tuple[str, ...], what: str, remedy: str) -> None:
+def check_defaults(config: A3CConfig, fields: tuple[str, ...], what: str, remedy: str) -> None:
     """Checks that options of the built-in `what` were left alone beside one that was passed in."""
     for field in fields:
         value, default = getattr(config, field), default_of(field)

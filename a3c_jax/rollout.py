@@ -68,6 +68,7 @@ class RolloutState(NamedTuple):
       carry: what a recurrent network remembers, a tree of `[N, ...]`.
       discounted_return: the discounted sum of the running episodes' rewards, `[N]` float32, if rewards are
         normalised by its deviation; `()` otherwise.
+      own: what the algorithm keeps for this worker (`a3c_jax.algorithm.Algorithm`); `()` if nothing.
     """
 
     key: Array
@@ -77,6 +78,7 @@ class RolloutState(NamedTuple):
     episode_length: Array
     carry: Any = ()
     discounted_return: Any = ()
+    own: Any = ()
 
 
 def start(environment: Environment, key: Array, num_envs: int, carry: Any = ()) -> RolloutState:

@@ -4,20 +4,17 @@
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from a3c_jax import normalization, rollout
+from a3c_jax.algorithm import Algorithm, Metrics, join_shared, split_shared
 from a3c_jax.environments import Environment
-from a3c_jax.networks import network_functions, trajectory_apply
 
 Array = jax.Array
 WorkerState = rollout.RolloutState
-Loss = Callable[
-    [Any, Callable[[Any, Any], Any], rollout.Trajectory], tuple[Array, dict[str, Array]]
-]
 
 
 class Statistics(NamedTuple):
@@ -34,44 +31,56 @@ class Statistics(NamedTuple):
     num_episodes: Array
 
 
-WorkerStep = Callable[[Any, WorkerState], tuple[Any, WorkerState, Statistics]]
+class Segment(NamedTuple):
+    """What a worker has played and learns from.
+
+    Attributes:
+      trajectory: the steps, with the rewards that the loss sees.
+      own: what the algorithm keeps for this worker.
+      moments: the moments of the segment by which observations and rewards are normalised, by name; empty if
+        neither is.
+    """
+
+    trajectory: rollout.Trajectory
+    own: Any
+    moments: dict[str, Any]
+
+
+WorkerStep: TypeAlias = Callable[[Any, WorkerState], tuple[Any, WorkerState, Statistics]]
+Differentiate: TypeAlias = Callable[[Any, Segment], tuple[Any, Metrics]]
 
 
 def make_worker_step(
     environment: Environment,
-    network: Any,
+    algorithm: Algorithm,
     *,
-    loss: Loss,
     t_max: int,
-    discount: float,
-    reward_clip: float | None = None,
-    terminal_reward: float | None = None,
+    discount: Any,
+    reward_clip: Any = None,
+    terminal_reward: Any = None,
 ) -> WorkerStep:
     """Makes the function that each worker calls again and again.
 
     Args:
       environment: what to play.
-      network: what to train; see `a3c_jax.networks.network_functions`.
-      loss: `loss(params, apply_fn, trajectory) -> (loss, metrics)`: the scalar that the worker minimises and
-        what to report about it, scalars by name. `a3c_jax.losses.a3c_loss` is one, and says what `apply_fn` is.
+      algorithm: how to choose actions, and what to minimise.
       t_max: the number of steps played in each environment between two updates.
       discount: the discount factor gamma, per step, of the returns whose deviation normalises rewards.
       reward_clip: if given, the loss sees rewards clipped to [-reward_clip, reward_clip].
       terminal_reward: if given, the loss sees it as the reward of each step that terminated an episode.
 
     Returns:
-      `worker_step(params, state) -> (gradients, state, statistics)`, a pure function.
+      `worker_step(params, state) -> (gradients, state, statistics)`, a pure function. If the algorithm learns at
+      the newest parameters, the segment itself takes the place of the gradients.
     """
-    functions = network_functions(network)
-    apply_fn = trajectory_apply(network)
+    differentiate = make_differentiate(algorithm)
 
     def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, Statistics]:
-        def policy(key: Array, observation: Any, carry: Any) -> tuple[Array, Array, Any]:
-            distribution, carry = functions.act(params, observation, carry)
-            action = distribution.sample(key)
-            return action, distribution.log_prob(action), carry
+        fresh_carry = algorithm.initialize_carry(len(state.episode_return))
 
-        fresh_carry = functions.initialize_carry(len(state.episode_return))
+        def policy(key: Array, observation: Any, carry: Any) -> tuple[Array, Array, Any]:
+            return algorithm.act(params, key, observation, carry, state.own)
+
         state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max, fresh_carry)
 
         # If the parameters hold running moments, the gradients carry the moments of this segment.
@@ -90,17 +99,37 @@ def make_worker_step(
         if reward_clip is not None:
             reward_t = jnp.clip(reward_t, -reward_clip, reward_clip)
 
-        gradients, metrics = jax.grad(loss, has_aux=True)(
-            params, apply_fn, trajectory._replace(reward_t=reward_t)
+        segment = Segment(trajectory._replace(reward_t=reward_t), state.own, segment_moments)
+        gradients, metrics = (
+            (segment, {}) if algorithm.learns_at_newest else differentiate(params, segment)
         )
-        squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
-        metrics = {**metrics, "gradient_norm": jnp.sqrt(sum(squares))}
-        if segment_moments:
-            gradients = {**gradients, normalization.STATISTICS: segment_moments}
         num_episodes = jnp.sum(episodes.ended, dtype=jnp.int32)
         return gradients, state, Statistics(metrics, episodes, num_episodes)
 
     return worker_step
+
+
+def make_differentiate(algorithm: Algorithm) -> Differentiate:
+    """Makes `differentiate(params, segment) -> (gradients, metrics)`, a pure function.
+
+    The gradients are a tree like the parameters without what the algorithm shares.
+    """
+
+    def differentiate(params: Any, segment: Segment) -> tuple[Any, Metrics]:
+        weights, shared = split_shared(params)
+
+        def loss(weights: Any) -> tuple[Array, Metrics]:
+            params = join_shared(weights, shared)
+            return algorithm.loss(params, segment.trajectory, segment.own)
+
+        gradients, metrics = jax.grad(loss, has_aux=True)(weights)
+        squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
+        metrics = {**metrics, "gradient_norm": jnp.sqrt(sum(squares))}
+        if segment.moments:
+            gradients = {**gradients, normalization.STATISTICS: segment.moments}
+        return gradients, metrics
+
+    return differentiate
 
 
 def _moments_of_returns(

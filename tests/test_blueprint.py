@@ -13,6 +13,7 @@ from initial import initialize
 from probes import Probe
 
 from a3c_jax import _compiled, rollout
+from a3c_jax.algorithm import a3c
 from a3c_jax.blueprint import make_blueprint
 from a3c_jax.config import A3CConfig
 from a3c_jax.distributions import Categorical
@@ -187,9 +188,13 @@ def test_the_worker_step_has_the_configurations_numbers():
     expected = _compiled.compile_for_few_calls(
         make_worker_step(
             PROBE,
-            Linear(),
-            loss=functools.partial(
-                a3c_loss, discount=0.7, critic_cost=0.3, entropy_cost=0.2, lambda_=0.4
+            a3c(
+                config,
+                PROBE,
+                Linear(),
+                loss=functools.partial(
+                    a3c_loss, discount=0.7, critic_cost=0.3, entropy_cost=0.2, lambda_=0.4
+                ),
             ),
             **{name: numbers[name] for name in numbers if not name.endswith("cost")},
         )

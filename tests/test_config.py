@@ -9,7 +9,14 @@ import sys
 
 import pytest
 
-from a3c_jax.config import A3CConfig, available_cores, changes_needing_compilation
+from a3c_jax.config import (
+    OPTIMIZER_FIELDS,
+    TRACEABLE,
+    A3CConfig,
+    available_cores,
+    changes_needing_compilation,
+    is_same_optimizer,
+)
 
 NAN, INFINITY = math.nan, math.inf
 
@@ -238,12 +245,16 @@ def test_a_seed_budgets_and_workers_change_without_compiling():
     assert changes_needing_compilation(A3CConfig(), A3CConfig(**RUN_ONLY)) == {}
 
 
-def test_every_other_field_needs_another_program_and_is_named_with_both_values():
-    other = {
-        "environment": "Catch-bsuite", "envs_per_worker": 3, "t_max": 3, "hidden_sizes": (3,),
-        "optimizer": "momentum", "learning_rate_schedule": "linear", "activation": "elu", "torso": "mlp",
-        "core": "gru", "action_bounds": "tanh",
-    }  # fmt: skip
+OTHER = {
+    "environment": "Catch-bsuite", "algorithm": "n_step_q", "envs_per_worker": 3, "t_max": 3, "hidden_sizes": (3,),
+    "optimizer": "momentum", "learning_rate_schedule": "linear", "activation": "elu", "torso": "mlp",
+    "core": "gru", "action_bounds": "tanh",
+}  # fmt: skip
+
+
+def other_values():
+    """Another value for every field but those of a run."""
+    other = dict(OTHER)
     for field in dataclasses.fields(A3CConfig):
         default = getattr(A3CConfig(), field.name)
         if isinstance(default, bool):
@@ -252,10 +263,22 @@ def test_every_other_field_needs_another_program_and_is_named_with_both_values()
             other[field.name] = 0.5 if type(default) is not int else 3
             if default == 0.5:
                 other[field.name] = 0.25
+    return other
+
+
+def test_every_other_field_needs_another_step_or_another_update_and_is_named_with_both_values():
+    other = other_values()
     assert set(other) | set(RUN_ONLY) == {field.name for field in dataclasses.fields(A3CConfig)}
     for name, value in other.items():
-        found = changes_needing_compilation(A3CConfig(), A3CConfig(**{name: value}))
-        assert found == {name: (getattr(A3CConfig(), name), value)}
+        now = A3CConfig(**{name: value})
+        found = changes_needing_compilation(A3CConfig(), now)
+        of_optimizer = name in OPTIMIZER_FIELDS
+        assert found == ({} if of_optimizer else {name: (getattr(A3CConfig(), name), value)})
+        assert is_same_optimizer(A3CConfig(), now) == (not of_optimizer)
+
+
+def test_what_an_optimizer_does_not_depend_on_leaves_its_update_as_it_is():
+    assert is_same_optimizer(A3CConfig(), A3CConfig(**RUN_ONLY))
 
 
 @pytest.mark.parametrize(
@@ -266,10 +289,27 @@ def test_every_other_field_needs_another_program_and_is_named_with_both_values()
     ],
     ids=["annealed over max_steps", "statistics for each worker"],
 )
-def test_what_the_schedule_or_the_optimizer_s_state_depends_on_needs_another_program(fields, name):
+def test_what_the_schedule_or_the_optimizer_s_state_depends_on_needs_another_update(fields, name):
     before = A3CConfig(**fields, num_workers=2)
     now = dataclasses.replace(before, **{name: 5})
-    assert changes_needing_compilation(before, now) == {name: (getattr(before, name), 5)}
+    assert changes_needing_compilation(before, now) == {}
+    assert not is_same_optimizer(before, now)
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_a_number_can_be_replaced_by_one_that_is_not_checked(name):
+    config = A3CConfig(reward_clip=1.0, terminal_reward=-1.0)
+    number = object()
+    traced = config.with_traced(**{name: number})
+    assert getattr(traced, name) is number
+    assert getattr(config, name) is not number
+    assert traced.with_traced(**{name: getattr(config, name)}) == config
+
+
+@pytest.mark.parametrize("name", ["t_max", "seed", "reward_clip"])
+def test_what_is_no_number_in_the_program_cannot_be_traced(name):
+    with pytest.raises(ValueError, match=f"{name} must be one of learning_rate, .*not None"):
+        A3CConfig().with_traced(**{name: 1.0})
 
 
 # What people read.

@@ -142,7 +142,7 @@ def test_nothing_outside_the_machine_room_reaches_past_its_door():
                 assert node.attr in door - submodules, f"{name} uses _compiled.{node.attr}"
 
 
-@pytest.mark.parametrize("name", ["losses", "distributions", "config"])
+@pytest.mark.parametrize("name", ["losses", "distributions", "rules", "names"])
 def test_the_lowest_modules_import_nothing_of_the_package(name):
     assert imports_of_the_package(f"a3c_jax.{name}") == set()
 

@@ -40,7 +40,9 @@ class LoadedRun(NamedTuple):
         return self.checkpoint.config
 
 
-def load(path: str | Path, *, environment: Any = None, network: Any = None) -> LoadedRun:
+def load(
+    path: str | Path, *, environment: Any = None, network: Any = None, algorithm: Any = None
+) -> LoadedRun:
     """Loads what a run has learnt.
 
     >>> import tempfile
@@ -56,18 +58,19 @@ def load(path: str | Path, *, environment: Any = None, network: Any = None) -> L
       path: a run folder, a folder of checkpoints, or one checkpoint.
       environment: what the run played, if it was given as an object.
       network: what the run trained, if it was given as an object.
+      algorithm: what the run's workers did, if it was given as a function.
 
     Raises:
       CheckpointError: if there is no checkpoint, if it cannot be read, or if it does not fit the network.
-      ValueError: if the run had an environment or a network of its own, and another one or none is given.
+      ValueError: if the run had an environment, a network or an algorithm of its own, and another one or none is given.
     """
     checkpoint = find_checkpoint(path)
-    given = {"environment": environment, "network": network}
+    given = {"environment": environment, "network": network, "algorithm": algorithm}
     saved = checkpoint.objects
     check_objects(
         saved and {what: name for what, name in saved.items() if what in given}, name_objects(given)
     )
-    blueprint = make_blueprint(checkpoint.config, environment=environment, network=network)
+    blueprint = make_blueprint(checkpoint.config, **given)
     seed = np.uint32(checkpoint.config.seed)
     state = _compiled.compile_for_few_calls(blueprint.start)(seed, np.int32(0))
     like = _compiled.compile_for_few_calls(blueprint.init)(seed, state.observation)

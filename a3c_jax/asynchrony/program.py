@@ -1,6 +1,7 @@
 """`build`: what a configuration describes, compiled once as a value, and run as often as one likes."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,10 @@ import numpy as np
 
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.objects import name_objects
-from a3c_jax.blueprint import Blueprint, make_blueprint
-from a3c_jax.config import A3CConfig, changes_needing_compilation
+from a3c_jax.blueprint import Blueprint, check_parts, describe
+from a3c_jax.config import A3CConfig, changes_needing_compilation, is_same_optimizer
 from a3c_jax.environments import Environment
-from a3c_jax.optimizers import Updater, make_updater
+from a3c_jax.optimizers import Updater
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Program:
     Attributes:
       config: the configuration.
       blueprint: what the configuration describes, as pure functions.
+      describe: gives the blueprint of another configuration with the same objects.
       step: the worker step, compiled: `step(params, state) -> (gradients, state, report)`.
       updater: the optimizer's update, compiled.
       init: `init(seed, observation)` gives the initial parameters, Flax variables.
@@ -36,6 +38,7 @@ class Program:
 
     config: A3CConfig
     blueprint: Blueprint
+    describe: Callable[[A3CConfig], Blueprint]
     step: Callable[[Any, Any], tuple[Any, Any, Any]]
     updater: Updater
     init: Callable[[Any, Any], Any]
@@ -56,27 +59,37 @@ class Program:
         return self.blueprint.network
 
     def replace(self, **changes: Any) -> "Program":
-        """The same program under a changed configuration, without compiling anything again.
+        """The same program under a changed configuration, without compiling the worker step again.
 
         >>> program = build(A3CConfig(max_steps=1_000))
         >>> program.replace(seed=7).config.seed
         7
 
         Args:
-          **changes: fields of the configuration that the compiled functions do not depend on: the seed,
-            the budgets, the number of workers.
+          **changes: fields of the configuration that the worker step does not depend on: the seed, the budgets,
+            the number of workers, the optimizer. If the optimizer changes, its update is compiled again.
 
         Raises:
           ValueError: if a changed field needs another program.
         """
         config = dataclasses.replace(self.config, **changes)
-        refused = changes_needing_compilation(self.config, config)
+        refused = list(changes_needing_compilation(self.config, config))
+        same_optimizer = is_same_optimizer(self.config, config)
+        if "optimizer" in self.objects and not same_optimizer:
+            refused.append("what an own optimizer may depend on")
         if refused:
             raise ValueError(
-                f"Program.replace must not change {', '.join(refused)}, which the compiled functions "
-                "depend on; build another program."
+                f"Program.replace must not change {', '.join(refused)}, which the compiled worker step "
+                "depends on; build another program."
             )
-        return dataclasses.replace(self, config=config)
+        program = dataclasses.replace(self, config=config)
+        if same_optimizer:
+            return program
+        blueprint = self.describe(config)
+        params, state = program.initial_params(), program.initial_states()[0]
+        gradients, _, _ = self.step(params, state)
+        updater = compile_updater(blueprint.updater(config.learning_rate), params, gradients)
+        return dataclasses.replace(program, blueprint=blueprint, updater=updater)
 
     def initial_states(self) -> list[Any]:
         """Each worker's initial state."""
@@ -100,6 +113,7 @@ def build(
     network: Any = None,
     loss: Any = None,
     optimizer: Any = None,
+    algorithm: Any = None,
     single_kernel: bool | None = None,
 ) -> Program:
     """Builds and compiles what a configuration describes.
@@ -120,6 +134,8 @@ def build(
         like `a3c_jax.losses.a3c_loss`.
       optimizer: an optax transformation of the parameter tree instead of the optimizer that the
         configuration describes, or a function that makes one of the learning rate.
+      algorithm: what the workers do instead of the algorithm that the configuration names:
+        `algorithm(config, environment, network) -> a3c_jax.algorithm.Algorithm`.
       single_kernel: whether to compile the worker step into a single kernel, if that is possible; None takes
         what is faster, which for some networks is found by timing. The two differ in the last bits, so that
         a replay in another process needs what the run had (`TrainResult.single_kernel`).
@@ -134,8 +150,9 @@ def build(
     """
     began = time.perf_counter()
     objects = {"environment": environment, "network": network}
-    objects |= {"loss": loss, "optimizer": optimizer}
-    blueprint = make_blueprint(config, **objects)
+    objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
+    parts = check_parts(config, **objects)
+    blueprint = describe(config, parts)
     init = _compiled.compile_for_few_calls(blueprint.init)
     start = _compiled.compile_for_few_calls(blueprint.start)
     seed = np.uint32(config.seed)
@@ -145,12 +162,11 @@ def build(
 
     step = _compiled.compile(blueprint.worker_step, params, state, single_kernel=single_kernel)
     gradients, _, _ = step(params, state)
-    updater = compile_updater(
-        make_updater(blueprint.optimizer(config.learning_rate)), params, gradients
-    )
+    updater = compile_updater(blueprint.updater(config.learning_rate), params, gradients)
     return Program(
         config=config,
         blueprint=blueprint,
+        describe=functools.partial(describe, parts=parts),
         step=step,
         updater=updater,
         init=init,

@@ -22,6 +22,7 @@ def replay(
     network: Any = None,
     loss: Any = None,
     optimizer: Any = None,
+    algorithm: Any = None,
     params: Any = None,
     single_kernel: bool | None = None,
     until: int | None = None,
@@ -46,6 +47,7 @@ def replay(
       network: what the run trained, if it was given as an object.
       loss: what the run minimised, if it was given.
       optimizer: the run's optimizer, if it was given.
+      algorithm: what the run's workers did, if it was given.
       params: the parameters that the run started from, if they were given.
       single_kernel: the run's `TrainResult.single_kernel`, or its checkpoint's, if it was made in another
         process; see `build`.
@@ -70,6 +72,7 @@ def replay(
         network=network,
         loss=loss,
         optimizer=optimizer,
+        algorithm=algorithm,
     )
     schedule.check(program.config.num_workers)
     workers, pulled_versions = (np.asarray(column)[:until].tolist() for column in schedule)

@@ -14,9 +14,8 @@ from jax.flatten_util import ravel_pytree
 
 from a3c_jax.asynchrony.parameters import Schedule
 from a3c_jax.asynchrony.schedules import check_int
-from a3c_jax.blueprint import Blueprint, make_blueprint
+from a3c_jax.blueprint import Parts, check_parts, describe
 from a3c_jax.config import A3CConfig
-from a3c_jax.optimizers import make_updater
 
 Array = jax.Array
 
@@ -52,7 +51,8 @@ class SimulationResult(NamedTuple):
         return total / jnp.sum(count, axis=-1)
 
 
-Simulate = Callable[[Any, Any, Schedule], SimulationResult]
+Settings = Any  # a learning rate, or a dict of fields of the configuration
+Simulate = Callable[[Any, Settings, Schedule], SimulationResult]
 
 
 def make_simulation(
@@ -63,13 +63,15 @@ def make_simulation(
     network: Any = None,
     loss: Any = None,
     optimizer: Any = None,
+    algorithm: Any = None,
 ) -> Simulate:
     """Makes a function that simulates whole runs: `simulate(seed, learning_rate, schedule)`.
 
     It computes what `a3c_jax.replay` computes for the same schedule, but for the last bits of floats,
     because the compiler rounds differently in a different program. It is a pure function, and its three
     arguments may be traced: map it over seeds, learning rates and schedules of equal length with
-    `jax.vmap`.
+    `jax.vmap`. In place of the learning rate it takes a dict of any of the fields `a3c_jax.config.TRACEABLE`, to
+    map over discounts or entropy costs, for instance.
 
     >>> import jax, jax.numpy as jnp
     >>> from a3c_jax import A3CConfig, fixed_delay, make_simulation
@@ -77,10 +79,13 @@ def make_simulation(
     >>> over_seeds = jax.vmap(simulate, in_axes=(0, None, None))
     >>> over_seeds(jnp.arange(10), 2e-3, fixed_delay(4, num_updates=20)).applied.shape
     (10, 20)
+    >>> over_costs = jax.vmap(simulate, in_axes=(None, {"entropy_cost": 0}, None))
+    >>> over_costs(0, {"entropy_cost": jnp.array([0., .01, .1])}, fixed_delay(4, num_updates=20)).applied.shape
+    (3, 20)
 
     Args:
-      config: the configuration. Its seed, its learning rate and its budgets are not used, except that a
-        `linear` learning rate is annealed over `max_steps`.
+      config: the configuration. Its seed and its budgets are not used, except that a `linear` learning rate is
+        annealed over `max_steps`.
       max_staleness: the largest staleness of the schedules to come. One more version of the parameters
         than this is kept.
       environment: what to play instead of the environment that the configuration names.
@@ -88,10 +93,12 @@ def make_simulation(
       loss: what to minimise instead of A3C's loss, as in `a3c_jax.build`.
       optimizer: the optimizer to use instead of the one that the configuration describes, as in
         `a3c_jax.build`. If it is no function of the learning rate, the learning rate has no effect.
+      algorithm: what the workers do, as in `a3c_jax.build`.
 
     Returns:
       `simulate(seed, learning_rate, schedule) -> SimulationResult`, with a seed in `[0, 2**32)` and a
-      positive learning rate, scalars each. It is compiled once for each number of updates. If a schedule
+      positive learning rate, or a dict of fields; scalars each. What a dict does not name, the configuration
+      says. It is compiled once for each number of updates and set of fields. If a schedule
       that is not traced names a worker, a version or a staleness that cannot be, it raises a ValueError;
       such a row of a traced one is not applied.
 
@@ -99,18 +106,18 @@ def make_simulation(
       ValueError: if `max_staleness` is negative, or if the environment is unknown or not supported.
     """
     check_int("max_staleness", max_staleness, 0)
-    blueprint = make_blueprint(
-        config, environment=environment, network=network, loss=loss, optimizer=optimizer
-    )
-    num_versions, skips = max_staleness + 1, config.nonfinite == "skip"
-    run = jax.jit(_make_run(blueprint, config.num_workers, num_versions, skips))
+    objects = {"environment": environment, "network": network}
+    objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
+    parts = check_parts(config, **objects)
+    run = jax.jit(_make_run(config, parts, max_staleness + 1))
 
-    def simulate(seed: Any, learning_rate: Any, schedule: Schedule) -> SimulationResult:
+    def simulate(seed: Any, settings: Settings, schedule: Schedule) -> SimulationResult:
         if not any(isinstance(column, jax.core.Tracer) for column in schedule):
             _check_schedule(schedule, config.num_workers, max_staleness)
+        fields = settings if isinstance(settings, dict) else {"learning_rate": settings}
         return run(
             jnp.asarray(seed, jnp.uint32),
-            jnp.asarray(learning_rate, jnp.float32),
+            {name: jnp.asarray(number, jnp.float32) for name, number in fields.items()},
             jax.tree.map(lambda column: jnp.asarray(column, jnp.int32), schedule),
         )
 
@@ -128,12 +135,15 @@ class _Carry(NamedTuple):
 
 
 def _make_run(
-    blueprint: Blueprint, num_workers: int, num_versions: int, skips: bool
-) -> Callable[[Array, Array, Schedule], SimulationResult]:
-    """The whole run as a pure function of seed, learning rate and schedule."""
+    config: A3CConfig, parts: Parts, num_versions: int
+) -> Callable[[Array, dict[str, Array], Schedule], SimulationResult]:
+    """The whole run as a pure function of seed, traced fields of the configuration and schedule."""
+    num_workers, skips = config.num_workers, config.nonfinite == "skip"
 
-    def run(seed: Array, learning_rate: Array, schedule: Schedule) -> SimulationResult:
-        updater = make_updater(blueprint.optimizer(learning_rate))
+    def run(seed: Array, fields: dict[str, Array], schedule: Schedule) -> SimulationResult:
+        traced = config.with_traced(**fields)
+        blueprint = describe(traced, parts)
+        updater = blueprint.updater(traced.learning_rate)
         states = jax.vmap(blueprint.start, (None, 0))(seed, jnp.arange(num_workers))
         observation = jax.tree.map(lambda x: x[0], states.observation)
         initial = blueprint.init(seed, observation)

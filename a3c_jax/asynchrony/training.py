@@ -36,6 +36,7 @@ def train(
     network: Any = None,
     loss: Any = None,
     optimizer: Any = None,
+    algorithm: Any = None,
     params: Any = None,
     sinks: Sequence[Sink] = (),
     on_progress: Callable[[Row], Any] | None = None,
@@ -61,6 +62,8 @@ def train(
         like `a3c_jax.losses.a3c_loss`.
       optimizer: an optax transformation of the parameter tree instead of the optimizer that the
         configuration describes, or a function that makes one of the learning rate.
+      algorithm: what the workers do instead of the algorithm that the configuration names:
+        `algorithm(config, environment, network) -> a3c_jax.algorithm.Algorithm`.
       params: the parameters to start from; by default they are drawn with the configuration's seed.
       sinks: where to send rows of metrics. There are none by default, so that the call is silent. They
         are closed at the end, however the run ends.
@@ -93,7 +96,7 @@ def train(
             stack.callback(sink.close)
         single_kernel = None if resume is None else resume.single_kernel
         objects = {"environment": environment, "network": network}
-        objects |= {"loss": loss, "optimizer": optimizer}
+        objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
         program = as_program(config, single_kernel, **objects)
         run = _start(program, params, resume, updates_per_row)
         threads = WorkerThreads(
