@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from a3c_jax.action_values import EpsilonGreedy
 from a3c_jax.config import A3CConfig, default_of
 from a3c_jax.distributions import Categorical, DiagonalGaussian
 from a3c_jax.gymnax_environment import GymnaxEnvironment
@@ -215,6 +216,8 @@ def _check_distribution(environment: Environment, distribution: Any, num_envs: i
         found = distribution.logits.shape
     elif isinstance(distribution, DiagonalGaussian):
         found = distribution.mean.shape
+    elif isinstance(distribution, EpsilonGreedy):
+        found = distribution.values.shape
     if found is not None and found != (num_envs, number):
         raise ValueError(
             f"network must give a distribution over the {number} actions of environment {name!r}, an array "

@@ -195,6 +195,9 @@ def default_of(field: str) -> Any:
     return A3CConfig.__dataclass_fields__[field].default
 
 
+LOSS_FIELDS = ("critic_cost", "entropy_cost", "gae_lambda")
+"""The fields that belong to A3C's loss."""
+
 OPTIMIZER_FIELDS = (
     "optimizer", "learning_rate", "learning_rate_schedule", "adam_epsilon", "momentum", "rmsprop_decay",
     "rmsprop_epsilon", "max_gradient_norm",

@@ -1,6 +1,6 @@
 """Refuses an algorithm, a loss or an optimizer of your own that cannot work, before anything is compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,13 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from a3c_jax.algorithm import Algorithm, MakeAlgorithm
-from a3c_jax.config import A3CConfig, default_of
-
-LOSS_FIELDS = ("critic_cost", "entropy_cost", "gae_lambda")
-_OPTIMIZER_FIELDS = (
-    "optimizer", "learning_rate_schedule", "adam_epsilon", "momentum", "rmsprop_decay", "rmsprop_epsilon",
-    "max_gradient_norm",
-)  # fmt: skip
+from a3c_jax.config import LOSS_FIELDS, OPTIMIZER_FIELDS, A3CConfig, default_of
 
 
 def checked_algorithm(make_algorithm: Any) -> MakeAlgorithm:
@@ -53,7 +47,7 @@ def check_loss(config: A3CConfig, loss: Any) -> None:
             "loss must be a function (params, apply_fn, trajectory) -> (scalar, metrics), got "
             f"{loss!r}; give one like a3c_jax.losses.a3c_loss."
         )
-    check_defaults(config, LOSS_FIELDS, "loss", "bind it to your loss with functools.partial")
+    _check_defaults(config, LOSS_FIELDS, "loss", "bind it to your loss with functools.partial")
 
 
 def _with_checked_result(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,12 +91,12 @@ def checked_optimizer(
             "optimizer must be an optax transformation, or a function that makes one of the learning rate, "
             f"got {made!r}; give optax.adam(1e-3), for instance."
         )
-    fields = _OPTIMIZER_FIELDS if is_function else (*_OPTIMIZER_FIELDS, "learning_rate")
-    check_defaults(config, fields, "optimizer", "build it into your optimizer")
+    fields = [f for f in OPTIMIZER_FIELDS if not is_function or f != "learning_rate"]
+    _check_defaults(config, fields, "optimizer", "build it into your optimizer")
     return lambda config, learning_rate: optimizer(learning_rate) if is_function else made
 
 
-def check_defaults(config: A3CConfig, fields: tuple[str, ...], what: str, remedy: str) -> None:
+def _check_defaults(config: A3CConfig, fields: Sequence[str], what: str, remedy: str) -> None:
     """Checks that options of the built-in `what` were left alone beside one that was passed in."""
     for field in fields:
         value, default = getattr(config, field), default_of(field)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from a3c_jax.action_values import ActionValues, EpsilonGreedy
 from a3c_jax.algorithm import SHARED, Algorithm, describe_network
-from a3c_jax.config import A3CConfig
+from a3c_jax.config import LOSS_FIELDS, A3CConfig, default_of
 from a3c_jax.networks import NetworkFunctions, network_functions
 from a3c_jax.normalization import STATISTICS
 from a3c_jax.protocol import Environment
@@ -185,7 +185,7 @@ def value_method(
     """
     exploration = Exploration(exploration_steps, final_epsilons, epsilon_probabilities)
     exploration.check()
-    _check(environment, target_interval)
+    _check(config, environment, target_interval)
     if network is None:
         network = describe_network(config, environment, ActionValues, shared_torso=True)
     functions = network_functions(network)
@@ -199,7 +199,7 @@ def value_method(
         params: Any, key: Array, observation: Any, carry: Any, own: Array
     ) -> tuple[Array, Array, Any]:
         distribution, carry = functions.act(params, observation, carry)
-        policy = EpsilonGreedy(distribution.values, epsilon(params, own))
+        policy = EpsilonGreedy(_values_of(distribution), epsilon(params, own))
         action = policy.sample(key)
         return action, policy.log_prob(action), carry
 
@@ -271,7 +271,23 @@ def _weights(params: Any) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key not in (SHARED, STATISTICS)}
 
 
-def _check(environment: Environment, target_interval: int) -> None:
+def _values_of(distribution: Any) -> Array:
+    if not hasattr(distribution, "values"):
+        raise TypeError(
+            "the network's distribution must have values, one for each action, got "
+            f"{type(distribution).__name__}; use a3c_jax.action_values.ActionValues, or one like it."
+        )
+    return distribution.values
+
+
+def _check(config: A3CConfig, environment: Environment, target_interval: int) -> None:
+    for field in LOSS_FIELDS:
+        value, default = getattr(config, field), default_of(field)
+        if value != default:
+            raise ValueError(
+                f"A3CConfig.{field} belongs to A3C's loss and must stay {default} beside another algorithm, got "
+                f"{value}; leave it out."
+            )
     if environment.continuous or not isinstance(environment.num_actions, int):
         raise ValueError(
             f"A3CConfig.algorithm: action values need one discrete action, but {environment.name!r} has other "

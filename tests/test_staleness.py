@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from experiments.measurements import staleness
-from experiments.measurements.staleness import Arguments, Run
+from experiments.measurements.staleness import Arguments, Line, Run
 
 TINY = [
     *("--optimizers", "momentum"),
@@ -32,8 +32,8 @@ def test_a_tiny_run_leaves_its_results_and_its_picture(tmp_path, capsys):
     results = json.loads((folder / "staleness.json").read_text())
     assert results["arguments"]["delays"] == [0, 2]
     assert results["config"]["max_steps"] == 2000
-    assert results["tuning"]["momentum"]["rates"] == [0.01, 0.03]
-    tuned = results["tuning"]["momentum"]["returns"]
+    assert results["tuning"]["momentum SGD"]["rates"] == [0.01, 0.03]
+    tuned = results["tuning"]["momentum SGD"]["returns"]
     assert {delay: np.shape(scores) for delay, scores in tuned.items()} == {
         "0": (2, 1),
         "2": (2, 1),
@@ -74,6 +74,7 @@ def test_a_tiny_run_leaves_its_results_and_its_picture(tmp_path, capsys):
         (["--max-steps", "0"], "A3CConfig.max_steps must be"),
         (["--environment", "CartPol-v1"], "did you mean CartPole-v1"),
         (["--optimizers", "adma"], "adam"),
+        (["--algorithms", "a2c"], "A3CConfig.algorithm must be one of a3c"),
     ],
 )
 def test_wrong_options_end_with_their_reason_and_leave_no_folder(
@@ -85,6 +86,22 @@ def test_wrong_options_end_with_their_reason_and_leave_no_folder(
     assert caught.value.code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not folder.exists()
+
+
+ADAM = Line("adam", "a3c")
+
+
+def test_a_line_is_called_by_what_it_differs_in_from_the_others():
+    def names(**options):
+        arguments = Arguments(**options)
+        return [staleness.name_line(arguments, line) for line in arguments.lines]
+
+    assert names(optimizers=("adam",)) == ["Adam"]
+    assert names(optimizers=("adam", "momentum")) == ["Adam", "momentum SGD"]
+    vtrace = "experiments.vtrace:vtrace"
+    assert names(optimizers=("adam",), algorithms=("a3c", vtrace)) == ["a3c", "vtrace"]
+    both = names(optimizers=("adam", "momentum"), algorithms=("a3c", vtrace))
+    assert both == ["Adam, a3c", "Adam, vtrace", "momentum SGD, a3c", "momentum SGD, vtrace"]
 
 
 def invented(runs):
@@ -105,12 +122,12 @@ def test_rates_are_chosen_by_other_seeds_than_those_reported():
         seen.append(runs)
         return invented(runs)
 
-    tuning = staleness.tune(arguments, "adam", score)
+    tuning = staleness.tune(arguments, ADAM, score)
     # 1,000,000 leaves a remainder of 1 when divided by 7.
     np.testing.assert_array_equal(tuning[0], [[1, 2, 3], [101, 102, 103]])  # delay 0: 0.01, 0.1
     np.testing.assert_array_equal(tuning[1], [[109, 110, 111], [9, 10, 11]])  # delay 8
 
-    points = staleness.evaluate(arguments, "adam", score, tuning, np.random.default_rng(0))
+    points = staleness.evaluate(arguments, ADAM, score, tuning, np.random.default_rng(0))
     chosen = {(p["panel"], p["delay"]): (p["learning_rate"], p["returns"]) for p in points}
     assert chosen == {
         ("fixed", 0): (0.1, [100, 101, 102, 103]),
@@ -127,7 +144,7 @@ def test_rates_are_chosen_by_other_seeds_than_those_reported():
 def test_equal_scores_choose_the_smaller_rate():
     arguments = Arguments(delays=(0,), rates=(0.1, 0.01), seeds=2, tuning_seeds=1)
     points = staleness.evaluate(
-        arguments, "adam", invented, np.full((1, 2, 1), 500.0), np.random.default_rng(0)
+        arguments, ADAM, invented, np.full((1, 2, 1), 500.0), np.random.default_rng(0)
     )
     assert {p["learning_rate"] for p in points} == {0.01}
 
@@ -166,7 +183,7 @@ def test_batches_are_filled_up_and_cut_again():
     )
 
     done = []
-    score = staleness.make_score(arguments, "momentum", done.append)
+    score = staleness.make_score(arguments, Line("momentum", "a3c"), done.append)
     runs = [Run(d, r, s) for r in (0.01, 0.03) for s in (0, 1) for d in (0, 2)]
     scores = score(runs[:5])
     assert scores.shape == (5,) and sorted(done) == [1, 4]

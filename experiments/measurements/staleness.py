@@ -1,16 +1,17 @@
 """Measure what staleness costs: `python -m experiments.measurements.staleness`.
 
-Every update of a run is computed from the parameters of d updates ago (`a3c_jax.fixed_delay`), for each delay d and
-each optimizer. No thread runs: many seeds and learning rates are simulated side by side (`a3c_jax.make_simulation`).
+Every update of a run is computed from the parameters of d updates ago (`a3c_jax.fixed_delay`), for each delay d, each
+optimizer and each algorithm. No thread runs: many seeds and learning rates are simulated side by side (`a3c_jax.make_simulation`).
 
 The score of a run is the mean return of the episodes that ended in the last tenth of its updates. First, seeds that
-are not reported choose learning rates by their mean score: for each optimizer the best one at the smallest delay, and
-the best one at each delay. Then fresh seeds are scored with both. Shown are their interquartile mean and a 95 %
+are not reported choose learning rates by their mean score: for each line of the picture the best one at the smallest
+delay, and the best one at each delay. Then fresh seeds are scored with both. Shown are their interquartile mean and a 95 %
 interval from a bootstrap over the seeds. It prints the table, and leaves `staleness.json`, `staleness.png` and
 `staleness.pdf` in its run folder.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +45,8 @@ class Arguments:
 
     optimizers: tuple[Optimizer, ...] = ("adam", "shared_rmsprop", "momentum")
     """Optimizers to compare."""
+    algorithms: tuple[str, ...] = ("a3c",)
+    """Algorithms to compare, as A3CConfig names them."""
     delays: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64)
     """Numbers of updates between the parameters that gradients are computed from and those that they move."""
     rates: tuple[float, ...] | None = None
@@ -65,7 +68,7 @@ class Arguments:
         for name, minimum in (("seeds", 2), ("tuning_seeds", 1), ("batch", 1)):
             if (value := getattr(self, name)) < minimum:
                 raise ValueError(f"{name} must be >= {minimum}, got {value}; use more.")
-        for name in ("optimizers", "delays", "rates"):
+        for name in ("optimizers", "algorithms", "delays", "rates"):
             values = getattr(self, name)
             if values is not None and (not values or len(set(values)) < len(values)):
                 raise ValueError(
@@ -75,22 +78,35 @@ class Arguments:
             raise ValueError(f"delays must be >= 0, got {min(self.delays)}; use 0 for no delay.")
         object.__setattr__(self, "delays", tuple(sorted(self.delays)))
         for rate in self.rates or [1.0]:
-            self.config(self.optimizers[0], rate)  # refuses what cannot be
+            self.config(self.lines[0], rate)  # refuses what cannot be
+
+    @property
+    def lines(self) -> list["Line"]:
+        """The lines of the picture."""
+        return [Line(*pair) for pair in itertools.product(self.optimizers, self.algorithms)]
 
     def rates_of(self, optimizer: str) -> tuple[float, ...]:
         """The learning rates to choose from, rising."""
         return tuple(sorted(self.rates or RATES[optimizer]))
 
-    def config(self, optimizer: Optimizer, learning_rate: float) -> A3CConfig:
+    def config(self, line: "Line", learning_rate: float) -> A3CConfig:
         """The configuration of the runs. One that diverges goes on with its last finite parameters."""
         return A3CConfig(
             environment=self.environment,
             num_workers=1,
-            optimizer=optimizer,
+            optimizer=line.optimizer,
+            algorithm=line.algorithm,
             learning_rate=learning_rate,
             max_steps=self.max_steps,
             nonfinite="skip",
         )
+
+
+class Line(NamedTuple):
+    """What one line of the picture stands for."""
+
+    optimizer: Optimizer
+    algorithm: str
 
 
 class Run(NamedTuple):
@@ -102,7 +118,7 @@ class Run(NamedTuple):
 
 
 Point = dict[str, Any]
-"""Of the picture: optimizer, panel, delay, learning_rate, returns of the seeds, their mean, its interval's low and high."""
+"""Of the picture: optimizer, algorithm, panel, delay, learning_rate, returns of the seeds, their mean, its interval's low and high."""
 
 Score = Callable[[Sequence[Run]], np.ndarray]
 
@@ -111,38 +127,47 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Simulates, prints the table and draws the picture; returns the run folder."""
     with exit_on_bad_input():
         parsed = parse("measurements.staleness", Arguments, __doc__, arguments)
-        from a3c_jax import environments  # loads JAX, --help does not
+        from a3c_jax import algorithms, environments  # loads JAX, --help does not
 
         environments.make(parsed.environment)
+        for algorithm in parsed.algorithms:
+            algorithms.find_algorithm(algorithm)
         run_dir = make_run_dir("staleness", parsed.run_dir)
     from tqdm import tqdm
 
     points: list[Point] = []
     tuning = {}
     rng = np.random.default_rng(0)
-    for optimizer in parsed.optimizers:
-        with tqdm(desc=optimizer, unit=" runs") as bar:
-            score = make_score(parsed, optimizer, bar.update)
-            scores = tune(parsed, optimizer, score)
-            points += evaluate(parsed, optimizer, score, scores, rng)
-        tuning[optimizer] = {
-            "rates": parsed.rates_of(optimizer),
+    for line in parsed.lines:
+        with tqdm(desc=name_line(parsed, line), unit=" runs") as bar:
+            score = make_score(parsed, line, bar.update)
+            scores = tune(parsed, line, score)
+            points += evaluate(parsed, line, score, scores, rng)
+        tuning[name_line(parsed, line)] = {
+            "rates": parsed.rates_of(line.optimizer),
             "returns": dict(zip(parsed.delays, scores.tolist(), strict=True)),
         }
     results = {
         "arguments": {k: v for k, v in dataclasses.asdict(parsed).items() if k != "run_dir"},
-        "config": parsed.config(parsed.optimizers[0], 1.0).as_dict(),  # but for optimizer and rate
+        "config": parsed.config(parsed.lines[0], 1.0).as_dict(),  # but for the line and the rate
         "tuning": tuning,
         "points": points,
     }
     write_json(run_dir / "staleness.json", results)
     print_table(parsed, points)
-    draw([run_dir / "staleness.png", run_dir / "staleness.pdf"], points)
+    draw([run_dir / "staleness.png", run_dir / "staleness.pdf"], parsed, points)
     print(f"\nrun folder: {run_dir}")
     return run_dir
 
 
-def make_score(parsed: Arguments, optimizer: Optimizer, done: Callable[[int], Any]) -> Score:
+def name_line(parsed: Arguments, line: Line) -> str:
+    """What a line is called: by what it differs from the others in."""
+    optimizer, algorithm = OPTIMIZERS[line.optimizer], line.algorithm.rpartition(":")[2]
+    names = [optimizer] * (len(parsed.optimizers) > 1) + [algorithm] * (len(parsed.algorithms) > 1)
+    return ", ".join(names) or optimizer
+
+
+def make_score(parsed: Arguments, line: Line, done: Callable[[int], Any]) -> Score:
     """Makes the function that simulates runs, a batch of them in each compiled call, and scores them.
 
     `done` is called with the number of runs after each batch.
@@ -151,7 +176,7 @@ def make_score(parsed: Arguments, optimizer: Optimizer, done: Callable[[int], An
 
     from a3c_jax import Schedule, fixed_delay, make_simulation
 
-    config = parsed.config(optimizer, 1.0)
+    config = parsed.config(line, 1.0)
     num_updates = config.max_updates or 0
     simulate = jax.vmap(make_simulation(config, max(parsed.delays)))
 
@@ -188,19 +213,19 @@ def make_score(parsed: Arguments, optimizer: Optimizer, done: Callable[[int], An
     return score
 
 
-def tune(parsed: Arguments, optimizer: str, score: Score) -> np.ndarray:
+def tune(parsed: Arguments, line: Line, score: Score) -> np.ndarray:
     """The scores of the seeds that choose the learning rates, `[delays, rates, tuning_seeds]`."""
-    rates = parsed.rates_of(optimizer)
+    rates = parsed.rates_of(line.optimizer)
     seeds = range(TUNING_SEED, TUNING_SEED + parsed.tuning_seeds)
     runs = [Run(d, rate, seed) for d in parsed.delays for rate in rates for seed in seeds]
     return score(runs).reshape(len(parsed.delays), len(rates), len(seeds))
 
 
 def evaluate(
-    parsed: Arguments, optimizer: str, score: Score, tuning: np.ndarray, rng: np.random.Generator
+    parsed: Arguments, line: Line, score: Score, tuning: np.ndarray, rng: np.random.Generator
 ) -> list[Point]:
     """Scores fresh seeds with the learning rates that `tuning` chose."""
-    delays, rates = parsed.delays, parsed.rates_of(optimizer)
+    delays, rates = parsed.delays, parsed.rates_of(line.optimizer)
     best = [rates[i] for i in tuning.mean(axis=2).argmax(axis=1)]  # the smaller one of equals
     chosen = {"fixed": [best[0]] * len(delays), "own": best}
     pairs = sorted({pair for own in chosen.values() for pair in zip(delays, own, strict=True)})
@@ -212,8 +237,7 @@ def evaluate(
         mean = float(interquartile_mean(returns))
         scored[pair] = {"returns": returns.tolist(), "mean": mean, "low": low, "high": high}
     return [
-        {"optimizer": optimizer, "panel": panel, "delay": d, "learning_rate": rate}
-        | scored[d, rate]
+        line._asdict() | {"panel": panel, "delay": d, "learning_rate": rate} | scored[d, rate]
         for panel, own in chosen.items()
         for d, rate in zip(delays, own, strict=True)
     ]
@@ -238,13 +262,14 @@ def bootstrap_interval(
 
 
 def print_table(parsed: Arguments, points: Sequence[Point]) -> None:
-    """Prints a table for each panel: a row for each delay, a column for each optimizer."""
+    """Prints a table for each panel: a row for each delay, a column for each line."""
+    names = [name_line(parsed, line) for line in parsed.lines]
     print(
         f"\n{parsed.environment}, {parsed.max_steps:,} steps: mean return in the last tenth of the run, interquartile "
         f"mean over\n{parsed.seeds} seeds [95 % interval] (learning rate, chosen by {parsed.tuning_seeds} other seeds)"
     )
     for panel, title in PANELS.items():
-        print(f"\n{title}\n{'delay':>5}" + "".join(f"  {o:^33}" for o in parsed.optimizers))
+        print(f"\n{title}\n{'delay':>5}" + "".join(f"  {name:^33}" for name in names))
         for delay in parsed.delays:
             cells = (
                 f"  {p['mean']:6.1f} [{p['low']:.1f}, {p['high']:.1f}] ({p['learning_rate']:g})"
@@ -254,15 +279,17 @@ def print_table(parsed: Arguments, points: Sequence[Point]) -> None:
             print(f"{delay:5d}" + "".join(f"{cell:35}" for cell in cells))
 
 
-STYLES = {  # colours of Okabe and Ito; markers and dashes for those who print in grey
-    "adam": ("Adam", "#0072B2", "o-"),
-    "shared_rmsprop": ("Shared RMSProp", "#D55E00", "s--"),
-    "momentum": ("momentum SGD", "#009E73", "^-."),
-    "rmsprop": ("RMSProp", "#CC79A7", "D:"),
+OPTIMIZERS = {
+    "adam": "Adam",
+    "shared_rmsprop": "Shared RMSProp",
+    "momentum": "momentum SGD",
+    "rmsprop": "RMSProp",
 }
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito
+STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--")  # for those who print in grey
 
 
-def draw(paths: Sequence[Path], points: Sequence[Point]) -> None:
+def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> None:
     """Draws the interquartile mean over the delay, with its interval as a band, in the formats of the paths."""
     import matplotlib
 
@@ -273,13 +300,18 @@ def draw(paths: Sequence[Path], points: Sequence[Point]) -> None:
     with plt.rc_context({"font.size": 9, "axes.titlesize": 9, "pdf.fonttype": 42}):
         figure, panels = plt.subplots(1, 2, figsize=(7, 2.9), sharey=True, layout="constrained")
         for axes, (panel, title) in zip(panels, PANELS.items(), strict=True):
-            for name in dict.fromkeys(point["optimizer"] for point in points):
-                line = [p for p in points if (p["optimizer"], p["panel"]) == (name, panel)]
+            for index, line in enumerate(parsed.lines):
+                own = [
+                    p
+                    for p in points
+                    if p["panel"] == panel and Line(p["optimizer"], p["algorithm"]) == line
+                ]
                 x, mean, low, high = zip(
-                    *((delays.index(p["delay"]), p["mean"], p["low"], p["high"]) for p in line),
+                    *((delays.index(p["delay"]), p["mean"], p["low"], p["high"]) for p in own),
                     strict=True,
                 )
-                label, colour, style = STYLES[name]
+                colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
+                label = name_line(parsed, line)
                 axes.plot(x, mean, style, markersize=4, linewidth=1.4, color=colour, label=label)
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.set_title(title)

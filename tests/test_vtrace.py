@@ -1,0 +1,114 @@
+"""The example of an algorithm of one's own: V-trace against rlax, and through the threads."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rlax
+from probes import Probe
+
+import a3c_jax
+from a3c_jax import A3CConfig
+from a3c_jax.distributions import Categorical
+from a3c_jax.losses import a3c_loss
+from a3c_jax.rollout import Trajectory
+from experiments.vtrace import vtrace_loss
+
+T, N, A = 6, 3, 4
+PROBE = Probe(3, lambda sign, action, last: sign * (2 * action - 1) + 0.25 * last)
+
+
+def segment(seed=0, truncated=False, on_policy=False):
+    """A segment, and the parameters of a policy and of values for each of its steps."""
+    keys = iter(jax.random.split(jax.random.key(seed), 9))
+    logits = jax.random.normal(next(keys), (T, N, A))
+    action = jax.random.randint(next(keys), (T, N), 0, A)
+    behaviour = logits if on_policy else logits + jax.random.normal(next(keys), (T, N, A))
+    terminated = jax.random.bernoulli(next(keys), 0.2, (T, N))
+    cut = jax.random.bernoulli(next(keys), 0.3, (T, N)) & truncated & ~terminated
+    trajectory = Trajectory(
+        observation_tm1=(),
+        action_tm1=action,
+        reward_t=jax.random.normal(next(keys), (T, N)),
+        terminated_t=terminated,
+        truncated_t=cut,
+        observation_t=(),
+        log_prob_tm1=Categorical(behaviour).log_prob(action),
+    )
+    v_tm1 = jax.random.normal(next(keys), (T, N))
+    # Inside an episode the value of what followed is that of what is acted upon next.
+    v_t = jnp.concatenate([v_tm1[1:], jax.random.normal(next(keys), (1, N))])
+    v_t = jnp.where(cut, jax.random.normal(next(keys), (T, N)), v_t)
+    return {"logits": logits, "v_tm1": v_tm1, "v_t": v_t}, trajectory
+
+
+def apply_fn(params, trajectory):
+    return Categorical(params["logits"]), params["v_tm1"], params["v_t"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("truncated", [False, True])
+def test_the_gradients_are_those_of_rlax(seed, truncated):
+    params, trajectory = segment(seed, truncated)
+
+    def of_one_environment(params, trajectory):
+        """The loss with the errors and advantages of rlax, which knows time limits as a lambda of zero."""
+        log_prob = Categorical(params["logits"]).log_prob(trajectory.action_tm1)
+        result = rlax.vtrace_td_error_and_advantage(
+            params["v_tm1"],
+            jax.lax.stop_gradient(params["v_t"]),
+            trajectory.reward_t,
+            0.9 * (1.0 - trajectory.terminated_t),
+            jnp.exp(log_prob - trajectory.log_prob_tm1),
+            1.0 - trajectory.truncated_t,
+        )
+        entropy = Categorical(params["logits"]).entropy()
+        actor = -jnp.mean(log_prob * jax.lax.stop_gradient(result.pg_advantage))
+        return actor + 0.25 * jnp.mean(result.errors**2) - 0.01 * jnp.mean(entropy)
+
+    def expected(params):
+        numbers = jax.tree.map(lambda x: x, trajectory)
+        columns = numbers._replace(observation_tm1=0, observation_t=0, carry=0)
+        axes = Trajectory(None, 1, 1, 1, 1, None, None, 1)
+        return jnp.mean(jax.vmap(of_one_environment, (1, axes))(params, columns))
+
+    ours = jax.grad(lambda p: vtrace_loss(p, apply_fn, trajectory, discount=0.9)[0])(params)
+    # At a time limit rlax's actor takes the value of the next episode's start for that of the final observation.
+    for name in ("v_tm1",) if truncated else ("v_tm1", "logits"):
+        np.testing.assert_allclose(ours[name], jax.grad(expected)(params)[name], atol=1e-5)
+
+
+def test_the_actor_bootstraps_from_the_final_observation_at_a_time_limit():
+    params, trajectory = segment(truncated=True)
+
+    def actor_gradient(params):
+        return jax.grad(lambda p: vtrace_loss(p, apply_fn, trajectory)[0])(params)["logits"]
+
+    cut = trajectory.truncated_t[:-1]
+    assert cut.any()
+    # The observation after a time limit belongs to another episode: its value has no part in the step before.
+    other = {**params, "v_tm1": params["v_tm1"].at[1:].add(jnp.where(cut, 5.0, 0.0))}
+    before, after = actor_gradient(params)[:-1], actor_gradient(other)[:-1]
+    first = cut[0]
+    np.testing.assert_allclose(before[0][first], after[0][first], atol=1e-6)
+
+
+def test_on_policy_it_is_a3c_s_loss():
+    params, trajectory = segment(on_policy=True, truncated=True)
+    ours, theirs = (
+        jax.grad(lambda p, loss=loss: loss(p, apply_fn, trajectory, discount=0.9)[0])(params)
+        for loss in (vtrace_loss, a3c_loss)
+    )
+    chex.assert_trees_all_close(ours, theirs, atol=1e-6)
+
+
+def test_it_runs_by_its_name_and_replays_bit_for_bit():
+    config = A3CConfig(
+        algorithm="experiments.vtrace:vtrace", num_workers=3, envs_per_worker=2, t_max=4, hidden_sizes=(8,),
+        max_steps=240,
+    )  # fmt: skip
+    program = a3c_jax.build(config, environment=PROBE)
+    result = a3c_jax.train(program)
+    again = a3c_jax.replay(program, result.schedule)
+    chex.assert_trees_all_equal(again.params, result.params)
