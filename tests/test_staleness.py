@@ -98,7 +98,7 @@ def test_a_line_is_called_by_what_it_differs_in_from_the_others():
 
     assert names(optimizers=("adam",)) == ["Adam"]
     assert names(optimizers=("adam", "momentum")) == ["Adam", "momentum SGD"]
-    vtrace = "experiments.vtrace:vtrace"
+    vtrace = "experiments.off_policy:vtrace"
     assert names(optimizers=("adam",), algorithms=("a3c", vtrace)) == ["a3c", "vtrace"]
     both = names(optimizers=("adam", "momentum"), algorithms=("a3c", vtrace))
     assert both == ["Adam, a3c", "Adam, vtrace", "momentum SGD, a3c", "momentum SGD, vtrace"]

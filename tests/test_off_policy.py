@@ -1,4 +1,4 @@
-"""The example of an algorithm of one's own: V-trace against rlax, and through the threads."""
+"""The examples of algorithms of one's own, V-trace and PPO's loss: against rlax, and through the threads."""
 
 import chex
 import jax
@@ -13,7 +13,7 @@ from a3c_jax import A3CConfig
 from a3c_jax.distributions import Categorical
 from a3c_jax.losses import a3c_loss
 from a3c_jax.rollout import Trajectory
-from experiments.vtrace import vtrace_loss
+from experiments.off_policy import off_policy_loss
 
 T, N, A = 6, 3, 4
 PROBE = Probe(3, lambda sign, action, last: sign * (2 * action - 1) + 0.25 * last)
@@ -73,7 +73,7 @@ def test_the_gradients_are_those_of_rlax(seed, truncated):
         axes = Trajectory(None, 1, 1, 1, 1, None, None, 1)
         return jnp.mean(jax.vmap(of_one_environment, (1, axes))(params, columns))
 
-    ours = jax.grad(lambda p: vtrace_loss(p, apply_fn, trajectory, discount=0.9)[0])(params)
+    ours = jax.grad(lambda p: off_policy_loss(p, apply_fn, trajectory, discount=0.9)[0])(params)
     # At a time limit rlax's actor takes the value of the next episode's start for that of the final observation.
     for name in ("v_tm1",) if truncated else ("v_tm1", "logits"):
         np.testing.assert_allclose(ours[name], jax.grad(expected)(params)[name], atol=1e-5)
@@ -83,7 +83,7 @@ def test_the_actor_bootstraps_from_the_final_observation_at_a_time_limit():
     params, trajectory = segment(truncated=True)
 
     def actor_gradient(params):
-        return jax.grad(lambda p: vtrace_loss(p, apply_fn, trajectory)[0])(params)["logits"]
+        return jax.grad(lambda p: off_policy_loss(p, apply_fn, trajectory)[0])(params)["logits"]
 
     cut = trajectory.truncated_t[:-1]
     assert cut.any()
@@ -98,14 +98,41 @@ def test_on_policy_it_is_a3c_s_loss():
     params, trajectory = segment(on_policy=True, truncated=True)
     ours, theirs = (
         jax.grad(lambda p, loss=loss: loss(p, apply_fn, trajectory, discount=0.9)[0])(params)
-        for loss in (vtrace_loss, a3c_loss)
+        for loss in (off_policy_loss, a3c_loss)
     )
     chex.assert_trees_all_close(ours, theirs, atol=1e-6)
 
 
-def test_it_runs_by_its_name_and_replays_bit_for_bit():
+def test_the_clipped_loss_is_that_of_rlax():
+    params, trajectory = segment(truncated=True)
+
+    def advantage():
+        """The gradient of V-trace's actor is the advantage times the ratio, where that is below one."""
+
+        def loss(params):
+            return off_policy_loss(params, apply_fn, trajectory, critic_cost=0.0, entropy_cost=0.0)[
+                0
+            ]
+
+        log_prob = Categorical(params["logits"]).log_prob(trajectory.action_tm1)
+        weight = jnp.minimum(1.0, jnp.exp(log_prob - trajectory.log_prob_tm1))
+        chosen = jax.nn.one_hot(trajectory.action_tm1, A)
+        slope = jnp.sum(jax.grad(loss)(params)["logits"] * chosen, -1)
+        probability = jnp.exp(log_prob)
+        return -slope * T * N / (1.0 - probability) / weight
+
+    log_prob = Categorical(params["logits"]).log_prob(trajectory.action_tm1)
+    ratio = jnp.exp(log_prob - trajectory.log_prob_tm1)
+    flat = lambda x: x.reshape(-1)  # noqa: E731
+    expected = rlax.clipped_surrogate_pg_loss(flat(ratio), flat(advantage()), 0.2)
+    _, metrics = off_policy_loss(params, apply_fn, trajectory, clip=0.2)
+    np.testing.assert_allclose(metrics["actor_loss"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vtrace", "ppo?clip=0.1"])
+def test_it_runs_by_its_name_and_replays_bit_for_bit(name):
     config = A3CConfig(
-        algorithm="experiments.vtrace:vtrace", num_workers=3, envs_per_worker=2, t_max=4, hidden_sizes=(8,),
+        algorithm=f"experiments.off_policy:{name}", num_workers=3, envs_per_worker=2, t_max=4, hidden_sizes=(8,),
         max_steps=240,
     )  # fmt: skip
     program = a3c_jax.build(config, environment=PROBE)

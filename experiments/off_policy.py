@@ -1,14 +1,14 @@
-"""An algorithm of one's own, from end to end: V-trace, which corrects for updates that others have made meanwhile.
+"""Two algorithms of one's own, from end to end: V-trace, and PPO's clipped loss, both at the newest parameters.
 
 In A3C other workers' updates come between a gradient and its update, and nothing corrects for that. Here a worker sends
 what it has played instead of a gradient, and the loss is differentiated at the newest parameters. What is outdated then
 is not the gradient but the policy that acted. The ratio of the two policies, whose log-probabilities the trajectory
-holds, corrects for that; V-trace clips it so that it cannot become large.
+holds, corrects for that. V-trace clips the ratio; PPO's loss also stops to push where the policy has already moved far.
 
-    python -m experiments.cartpole --algorithm experiments.vtrace:vtrace
-    python -m experiments.measurements.staleness --optimizers adam --algorithms a3c experiments.vtrace:vtrace
+    python -m experiments.cartpole --algorithm experiments.off_policy:ppo
+    python -m experiments.measurements.staleness --optimizers adam --algorithms a3c experiments.off_policy:ppo
 
-Source: Espeholt et al. 2018, arXiv:1802.01561, section 4.
+Source: Espeholt et al. 2018, arXiv:1802.01561, section 4; Schulman et al. 2017, arXiv:1707.06347, equation 7.
 """
 
 import functools
@@ -22,7 +22,7 @@ from a3c_jax.config import A3CConfig
 from a3c_jax.losses import critic_loss, entropy_loss, n_step_returns
 
 
-def vtrace_loss(
+def off_policy_loss(
     params: Any,
     apply_fn: Any,
     trajectory: Any,
@@ -30,9 +30,9 @@ def vtrace_loss(
     discount: Any = 0.99,
     critic_cost: Any = 0.5,
     entropy_cost: Any = 0.01,
-    max_ratio: float = 1.0,
+    clip: float | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """A3C's loss with V-trace's targets: the arguments are those of `a3c_jax.losses.a3c_loss`.
+    """A3C's loss with V-trace's targets and advantages.
 
     Args:
       params: the parameters to differentiate.
@@ -41,38 +41,52 @@ def vtrace_loss(
       discount: the discount factor.
       critic_cost: the weight of the critic's loss.
       entropy_cost: the weight of the entropy bonus.
-      max_ratio: where ratios are clipped, both of the paper's rho and c.
+      clip: if given, the actor's loss is PPO's, with ratios clipped to [1 - clip, 1 + clip]; if None, V-trace's.
     """
     distribution, v_tm1, v_t = apply_fn(params, trajectory)
     log_prob = distribution.log_prob(trajectory.action_tm1)
     ratio = jnp.exp(log_prob - trajectory.log_prob_tm1)
-    values = jax.lax.stop_gradient((jnp.minimum(max_ratio, ratio), v_tm1, v_t))
-    clipped, value_tm1, value_t = values
+    constants = jnp.minimum(1.0, ratio), v_tm1, v_t
+    weight, value_tm1, value_t = jax.lax.stop_gradient(constants)
 
     r_t = trajectory.reward_t
     discount_t = discount * (1.0 - trajectory.terminated_t)
     goes_on = 1.0 - trajectory.truncated_t
     # The corrections obey the recursion of a return whose rewards are the weighted TD errors.
-    td_error = clipped * (r_t + discount_t * value_t - value_tm1)
-    corrections = n_step_returns(td_error, discount_t * clipped, jnp.zeros_like(r_t), goes_on)
+    td_error = weight * (r_t + discount_t * value_t - value_tm1)
+    corrections = n_step_returns(td_error, discount_t * weight, jnp.zeros_like(r_t), goes_on)
     target_tm1 = value_tm1 + corrections
     target_t = jnp.concatenate([target_tm1[1:], value_t[-1:]])
     target_t = jnp.where(trajectory.truncated_t, value_t, target_t)
-    advantage = clipped * (r_t + discount_t * target_t - value_tm1)
+    advantage = r_t + discount_t * target_t - value_tm1
 
-    actor = -jnp.mean(log_prob * advantage)
+    if clip is None:
+        actor = -jnp.mean(log_prob * weight * advantage)
+    else:
+        near = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
+        actor = -jnp.mean(jnp.minimum(ratio * advantage, near * advantage))
     critic = critic_loss(v_tm1, target_tm1)
     entropy = entropy_loss(distribution.entropy())
     loss = actor + critic_cost * critic + entropy_cost * entropy
     return loss, {"loss": loss, "actor_loss": actor, "critic_loss": critic, "entropy": -entropy}
 
 
-def vtrace(config: A3CConfig, environment: Any, network: Any = None) -> Algorithm:
+def vtrace(
+    config: A3CConfig, environment: Any, network: Any = None, *, clip: float | None = None
+) -> Algorithm:
     """A3C's policy and values, learnt with V-trace at the newest parameters."""
     loss = functools.partial(
-        vtrace_loss,
+        off_policy_loss,
         discount=config.discount,
         critic_cost=config.critic_cost,
         entropy_cost=config.entropy_cost,
+        clip=clip,
     )
     return a3c(config, environment, network, loss=loss, learns_at_newest=True)
+
+
+def ppo(
+    config: A3CConfig, environment: Any, network: Any = None, *, clip: float = 0.2
+) -> Algorithm:
+    """The same with PPO's clipped loss of the actor."""
+    return vtrace(config, environment, network, clip=clip)
