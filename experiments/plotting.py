@@ -1,5 +1,6 @@
 """Learning curves: of one run, and of groups of runs."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from a3c_jax import EpisodeLog
+from experiments.aggregate import aggregate
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -96,7 +98,10 @@ class Panel(NamedTuple):
 
 
 def learning_curves(path: Path, panels: Mapping[str, Panel], *, points: int = 100) -> None:
-    """Draws the return against the steps: each run as a thin line, and the mean of its group as a thick one.
+    """Draws the return against the steps: each run as a thin line, and its group as a thick one with a band.
+
+    The thick line is the interquartile mean of the runs and the band its 95 % bootstrap interval, or the mean without
+    a band (`experiments.aggregate.aggregate`). The legend says which. A label has the same colour in all panels.
 
     Args:
       path: where the picture goes.
@@ -105,11 +110,17 @@ def learning_curves(path: Path, panels: Mapping[str, Panel], *, points: int = 10
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.2 * rows), layout="constrained", squeeze=False
-    )
+    figure, grid = plt.subplots(rows, columns, layout="constrained", squeeze=False)
+    labels = list(dict.fromkeys(label for panel in panels.values() for label in panel.groups))
     for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
-        _draw_panel(axes, panel, points)
+        edges = np.linspace(0, _last_step(panel), points + 1)
+        for label, runs in panel.groups.items():
+            _draw_group(axes, label, runs, edges, COLOURS[labels.index(label) % len(COLOURS)])
+        if panel.reference is not None:
+            value, name = panel.reference
+            label = f"{name}: {value:g}"
+            axes.axhline(value, color="grey", linestyle=":", linewidth=1.2, label=label)
+        _draw_legend(axes)
         axes.set_title(title)
         axes.set_xlabel("environment steps")
         axes.spines[["top", "right"]].set_visible(False)
@@ -118,25 +129,37 @@ def learning_curves(path: Path, panels: Mapping[str, Panel], *, points: int = 10
         axes.axis("off")
     for row in grid:
         row[0].set_ylabel("episode return")
-    figure.savefig(path, dpi=110)
+    legends = [axes.get_legend().get_texts() for axes in grid.flat if axes.get_legend()]
+    lines = max(sum(t.get_text().count("\n") + 1 for t in texts) for texts in legends)
+    figure.set_size_inches(4.6 * columns, (3.6 + 0.15 * lines) * rows)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _draw_panel(axes: Any, panel: Panel, points: int) -> None:
-    ends = [run.environment_steps[-1] for runs in panel.groups.values() for run in runs]
-    edges = np.linspace(0, max(ends), points + 1)
-    for index, (label, runs) in enumerate(panel.groups.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        lines = np.array([mean_in_intervals(run, edges) for run in runs])
-        for line in lines:
-            axes.plot(edges[1:], line, color=colour, linewidth=0.8, alpha=0.5)
-        # NaN, and so no line, from the end of the shortest run on: the others alone are another sample.
-        axes.plot(edges[1:], lines.mean(axis=0), color=colour, linewidth=2, label=label)
-    if panel.reference is not None:
-        value, name = panel.reference
-        label = f"{name}: {value:g}"
-        axes.axhline(value, color="grey", linestyle=":", linewidth=1.2, label=label)
-    axes.legend(frameon=False, fontsize=8)
+def _draw_legend(axes: Any) -> None:
+    """Draws the legend below a panel, where it covers no curve."""
+    below_the_label = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "borderaxespad": 5.0}
+    axes.legend(frameon=False, fontsize=8, **below_the_label)
+
+
+def _last_step(panel: Panel) -> int:
+    return max(run.environment_steps[-1] for runs in panel.groups.values() for run in runs)
+
+
+def _draw_group(
+    axes: Any, label: str, runs: Sequence[EpisodeLog], edges: np.ndarray, colour: str
+) -> None:
+    """Draws the runs of a group, and what they reached together as far as the shortest of them goes."""
+    lines = np.array([mean_in_intervals(run, edges) for run in runs])
+    together = aggregate(lines)
+    legend = "1 run" if len(runs) == 1 else f"{together.name} of {len(runs)} runs"
+    if together.interval is not None:
+        legend += ", 95 % interval"
+        axes.fill_between(edges[1:], *together.interval, color=colour, alpha=0.2, linewidth=0)
+    for line in lines:
+        axes.plot(edges[1:], line, color=colour, linewidth=0.6, alpha=0.4)
+    legend = textwrap.fill(f"{label}: {legend}" if label else legend, 50)
+    axes.plot(edges[1:], together.value, color=colour, linewidth=2, label=legend)
 
 
 def mean_in_intervals(run: EpisodeLog, edges: np.ndarray) -> np.ndarray:

@@ -18,8 +18,7 @@ from PIL import Image
 
 import a3c_jax
 from a3c_jax.blueprint import make_blueprint
-from experiments import command_line, curves, replay, run_folder, tasks  # noqa: F401
-from experiments.plotting import mean_in_intervals, running_mean
+from experiments import command_line, replay, run_folder, tasks  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ["article", "cartpole", "memory", "minatar", "pendulum"]
@@ -326,65 +325,3 @@ def test_a_replay_refuses_what_it_cannot_do(finished_run, tmp_path, capsys):
     message = refused(capsys, replay.main, [str(finished_run), "--until", "0"])
     assert "until must be >= 1, got 0" in message
     assert "no checkpoint in" in refused(capsys, replay.main, [str(tmp_path)])
-
-
-# Curves.
-
-
-def episodes(steps, returns):
-    none = np.zeros(len(steps))
-    return a3c_jax.EpisodeLog(none, np.array(returns, float), none, np.array(steps), none)
-
-
-def folder_of(path, log, **config):
-    path.mkdir()
-    np.savez(path / "episodes.npz", **log._asdict())
-    (path / "config.json").write_text(json.dumps(config))
-    return str(path)
-
-
-def test_curves_groups_runs_by_environment_and_configuration(tmp_path, capsys):
-    log = episodes([100, 200, 300], [0.0, 1.0, 2.0])
-    runs = [
-        folder_of(tmp_path / "a", log, environment="Catch-bsuite", seed=0, core=None, t_max=5),
-        folder_of(tmp_path / "b", log, environment="Catch-bsuite", seed=1, core=None, t_max=5),
-        folder_of(tmp_path / "c", log, environment="Catch-bsuite", seed=0, core="lstm", t_max=5),
-        folder_of(tmp_path / "d", log, environment="Breakout-MinAtar", seed=0, core=None, t_max=5),
-    ]
-    picture = tmp_path / "curves.png"
-    curves.main([*runs, "--output", str(picture)])
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[:3] == [
-        "Catch-bsuite, core None (2 runs): mean return of the last 100 episodes: 1.0, 1.0",
-        "Catch-bsuite, core lstm (1 run): mean return of the last 100 episodes: 1.0",
-        "Breakout-MinAtar, 1 run: mean return of the last 100 episodes: 1.0",
-    ]
-
-
-def test_curves_of_a_real_run(finished_run, tmp_path):
-    curves.main([str(finished_run), "--output", str(tmp_path / "curves.png")])
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-def test_curves_says_what_is_missing(tmp_path, capsys):
-    assert "no run folder given; name one or more" in refused(capsys, curves.main, [])
-    message = refused(capsys, curves.main, [str(tmp_path)])
-    assert f"{tmp_path} is not the folder of a run that has ended" in message
-
-
-def test_a_line_ends_where_its_run_ends():
-    # Episodes end at 15, 20 and 21 of the intervals to 10, 20, 30 and 40; none ends before 10 or after 30.
-    log = episodes([15, 20, 21], [1.0, 3.0, 7.0])
-    means = mean_in_intervals(log, np.array([0.0, 10.0, 20.0, 30.0, 40.0]))
-    np.testing.assert_array_equal(means, [np.nan, 2.0, 7.0, np.nan])
-    # Within the run, an interval without an episode has the mean of the one before.
-    log = episodes([5, 10, 11, 40], [1.0, 3.0, 7.0, 9.0])
-    means = mean_in_intervals(log, np.array([0.0, 10.0, 20.0, 30.0, 40.0]))
-    np.testing.assert_array_equal(means, [2.0, 7.0, 7.0, 9.0])
-
-
-def test_the_running_mean_is_that_of_the_last_values():
-    values = np.array([1.0, 3.0, 5.0, 7.0])
-    np.testing.assert_allclose(running_mean(values, 2), [1.0, 2.0, 4.0, 6.0])
-    np.testing.assert_allclose(running_mean(values, 10), [1.0, 2.0, 3.0, 4.0])

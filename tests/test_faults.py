@@ -118,6 +118,42 @@ def test_a_sink_that_throws_at_the_very_end_loses_nothing(tmp_path):
     assert words(train(small(), resume=checkpoint).params) == words(train(small()).params)
 
 
+class Broken:
+    """A sink that keeps what it gets and then fails, at each row and when it is closed."""
+
+    def __init__(self):
+        self.updates = []
+
+    def write(self, row, episodes):
+        self.updates.append(row["updates"])
+        raise ZeroDivisionError("a row")
+
+    def close(self):
+        raise ZeroDivisionError("a close")
+
+
+def test_sinks_get_every_row_of_a_run_that_a_worker_that_raises_ends():
+    updates, built = [], fail_after(program(small(), WALK), 25)
+    with pytest.raises(WorkerError):
+        a3c_jax.train(
+            built,
+            on_progress=lambda row: updates.append(row["updates"]),
+            updates_per_row=10,
+            interval=1e6,
+        )
+    assert updates == [10, 20, 25]
+
+
+def test_a_broken_sink_does_not_hide_a_worker_that_raises():
+    sink = Broken()
+    with pytest.raises(WorkerError, match="as told") as caught:
+        a3c_jax.train(fail_after(program(small(), WALK), 25), sinks=[sink], interval=1e6)
+    assert sink.updates == [25]
+    assert caught.value.result.version == 25
+    failed = "A sink failed as well: ZeroDivisionError: a"
+    assert caught.value.__notes__ == [f"{failed} row", f"{failed} close"]
+
+
 # Disks.
 
 

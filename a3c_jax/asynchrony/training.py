@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint
@@ -93,7 +93,7 @@ def train(
         if on_progress is not None:
             sinks = [*sinks, CallFunction(on_progress)]
         for sink in sinks:
-            stack.callback(sink.close)
+            stack.enter_context(_closing(sink))
         single_kernel = None if resume is None else resume.single_kernel
         objects = {"environment": environment, "network": network}
         objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
@@ -117,15 +117,16 @@ def train(
         except WorkerError as error:
             error.result = run.finish("failed")
             run.explain(error)
-            reports.save()
+            reports.end(error)
             raise
         except KeyboardInterrupt as error:
             result = run.finish("interrupted")
-            reports.end()
-            raise TrainingInterrupted(result, *error.args[:1] or (2,)) from None
-        except BaseException:
+            interrupted = TrainingInterrupted(result, *error.args[:1] or (2,))
+            reports.end(interrupted)
+            raise interrupted from None
+        except BaseException as error:
             run.finish("failed")
-            reports.save()
+            reports.end(error)
             raise
         result = run.finish(run.stop_reason or "max_steps")
         reports.end()
@@ -155,6 +156,29 @@ def _max_running(program: Program, run: Run) -> int | None:
     return program.max_concurrent_calls(config.num_workers, params, run.states[0])
 
 
+@contextlib.contextmanager
+def _keeping(error: BaseException | None) -> Iterator[None]:
+    """Keeps a sink that fails in the block from hiding the error that ended the run: it only adds a note to it."""
+    try:
+        yield
+    except Exception as failure:
+        if error is None:
+            raise
+        error.add_note(f"A sink failed as well: {type(failure).__name__}: {failure}")
+
+
+@contextlib.contextmanager
+def _closing(sink: Sink) -> Iterator[None]:
+    """Closes a sink after the block, however that ends."""
+    try:
+        yield
+    except BaseException as error:
+        with _keeping(error):
+            sink.close()
+        raise
+    sink.close()
+
+
 class _Reports:
     """What a run shows and saves while it goes on.
 
@@ -175,10 +199,11 @@ class _Reports:
         if self._checkpoints is not None and self._checkpoints.due(self._run.version):
             self.save()
 
-    def end(self) -> None:
-        """Saves the last checkpoint and writes the last row."""
+    def end(self, error: BaseException | None = None) -> None:
+        """Saves the last checkpoint and writes the last row, also if an error ended the run."""
         self.save()
-        self.write(last=True)
+        with _keeping(error):
+            self.write(last=True)
 
     def write(self, *, last: bool = False) -> None:
         """Sends the new rows and episodes to every sink."""
