@@ -8,7 +8,7 @@ A worker is a pure function; asynchrony is a thin shell around it. The package h
 |-----------------------|-------------------------------------------------------------------------------|
 | `losses`              | n-step returns and advantages; actor, critic and entropy losses               |
 | `value_losses`        | one-step Q-learning and Sarsa, n-step Q-learning                              |
-| `distributions`       | categorical and diagonal Gaussian                                             |
+| `distributions`       | one or several categoricals, and the diagonal Gaussian                        |
 | `rules`               | what each field of the configuration must be                                  |
 | `config`              | `A3CConfig`, checked when it is made                                          |
 | `names`               | names with parameters, as in `Catch-bsuite?rows=5`                            |

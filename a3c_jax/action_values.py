@@ -78,6 +78,11 @@ class ActionValues(ActorCritic):
     evaluation_epsilon: float = 0.05
 
     def setup(self) -> None:
+        if not isinstance(self.num_actions, int):
+            raise ValueError(
+                f"ActionValues.num_actions must be an integer, got {self.num_actions}: several discrete actions at "
+                "once have no single value each; use a3c_jax.ActorCritic."
+            )
         self.actor_trunk = self.critic_trunk = self.make_trunk()
         self.value_head = nn.Dense(self.num_actions)
 

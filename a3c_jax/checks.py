@@ -4,15 +4,17 @@ What can be seen from shapes is found by tracing alone (`jax.eval_shape`). Wheth
 can only be seen by playing it: see `a3c_jax.reset_check`.
 """
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from a3c_jax.action_values import EpsilonGreedy
 from a3c_jax.config import A3CConfig, default_of
-from a3c_jax.distributions import Categorical, DiagonalGaussian
+from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorical
 from a3c_jax.gymnax_environment import GymnaxEnvironment
 from a3c_jax.networks import ActorCritic, NetworkFunctions, network_functions
 from a3c_jax.normalization import is_shape
@@ -49,14 +51,15 @@ def check_setup(
 
     Raises:
       ValueError: if an option contradicts an object that was passed in; if the environment's observations are
-        not what it declares; if the network's actions or values are not those that the environment needs; or
-        if the environment does not reset itself after an episode's end.
+        not what it declares, or its `num_actions` not numbers of actions; if the network's actions or values are
+        not those that the environment needs; or if the environment does not reset itself after an episode's end.
       TypeError: if the network or its distribution lacks a method.
     """
     if environment_given:
         _check_environment_options(config, environment)
     if network_given:
         _check_network_options(config, network)
+    _check_num_actions(environment)
     num_envs = config.envs_per_worker
     key = jax.eval_shape(lambda: jax.random.key(0))
     observation, state = jax.eval_shape(lambda key: environment.reset(key, num_envs), key)
@@ -94,6 +97,18 @@ def _check_network_options(config: A3CConfig, network: Any) -> None:
             raise ValueError(
                 f"A3CConfig.{field} describes the built-in network and must stay {default!r} beside "
                 f"network={type(network).__name__}, got {value!r}; leave it out, and build it into your network."
+            )
+
+
+def _check_num_actions(environment: Environment) -> None:
+    found: Any = environment.num_actions
+    several = isinstance(found, tuple) and len(found) > 0 and not environment.continuous
+    for number in found if several else (found,):
+        if not isinstance(number, numbers.Integral) or number < 1:
+            raise ValueError(
+                f"num_actions of environment {_name(environment)!r} must be a positive integer, or a tuple of "
+                f"them for several discrete actions, got {found!r} with continuous={environment.continuous}; "
+                "correct it."
             )
 
 
@@ -198,31 +213,55 @@ def _outputs(
     starts = jnp.zeros((1, num_envs), bool)
     _, value, _ = functions.unroll(params, segment, carry, starts)
     _check_value(value, (1, num_envs))
-    return distribution.sample(key)
+    action = distribution.sample(key)
+    _check_action(environment, action, num_envs)
+    return action
 
 
 def _check_distribution(environment: Environment, distribution: Any, num_envs: int) -> None:
     _check_methods("the network's distribution", distribution, _DISTRIBUTION_METHODS)
     name, number = _name(environment), environment.num_actions
     kind = "continuous" if environment.continuous else "discrete"
-    wrong_kind = DiagonalGaussian if kind == "discrete" else Categorical
-    if isinstance(distribution, wrong_kind):
+    wrong_kinds = (Categorical, MultiCategorical) if environment.continuous else DiagonalGaussian
+    if isinstance(distribution, wrong_kinds):
         raise ValueError(
             f"network must give a distribution over the {kind} actions of environment {name!r}, got "
-            f"{wrong_kind.__name__}; set the network's continuous to {environment.continuous}."
+            f"{type(distribution).__name__}; set the network's continuous to {environment.continuous}."
         )
-    found = None
-    if isinstance(distribution, Categorical):
-        found = distribution.logits.shape
-    elif isinstance(distribution, DiagonalGaussian):
-        found = distribution.mean.shape
-    elif isinstance(distribution, EpsilonGreedy):
-        found = distribution.values.shape
-    if found is not None and found != (num_envs, number):
+    arrays = {
+        "mean": DiagonalGaussian,
+        "logits": Categorical | MultiCategorical,
+        "values": EpsilonGreedy,
+    }
+    name_of_array = next((n for n, kind in arrays.items() if isinstance(distribution, kind)), None)
+    if name_of_array is None:  # one of the user's own
+        return
+    array = getattr(distribution, name_of_array)
+    found = getattr(distribution, "num_actions", array.shape[-1])
+    expected = [num_envs, int(np.sum(number))]
+    if list(array.shape) != expected:
         raise ValueError(
             f"network must give a distribution over the {number} actions of environment {name!r}, an array "
-            f"[{num_envs}, {number}] for {num_envs} observations, got {list(found)}; set the network's "
-            f"num_actions to {number}."
+            f"{expected} for {num_envs} observations, got {list(array.shape)}; set the network's num_actions "
+            f"to {number}."
+        )
+    if found != number:  # as many logits, but of other actions
+        raise ValueError(
+            f"network must give a distribution over the {number} actions of environment {name!r}, got a "
+            f"{type(distribution).__name__} over {found}; set the network's num_actions to {number}."
+        )
+
+
+def _check_action(environment: Environment, action: Array, num_envs: int) -> None:
+    """Checks what a distribution of several discrete actions draws, which may be one of the user's own."""
+    if not isinstance(environment.num_actions, tuple):
+        return
+    expected = (num_envs, len(environment.num_actions))
+    if action.shape != expected or not jnp.issubdtype(action.dtype, jnp.integer):
+        raise ValueError(
+            f"network must give a distribution whose actions for environment {_name(environment)!r} are "
+            f"int32{list(expected)}, one column for each of the {environment.num_actions} actions, got "
+            f"{action.dtype.name}{list(action.shape)}; use a3c_jax.distributions.MultiCategorical."
         )
 
 

@@ -1,7 +1,7 @@
 """Action distributions: sample, log-probability, entropy, mode.
 
 Each is a pytree of arrays with any leading batch dimensions, so that it passes through jit, vmap and
-scan. The categorical is safe at the edge: an impossible action or a vanishing probability gives no NaN,
+scan. The categoricals are safe at the edge: an impossible action or a vanishing probability gives no NaN,
 neither in the value nor in the gradient.
 """
 
@@ -11,6 +11,7 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -65,6 +66,70 @@ class Categorical:
     def mode(self) -> Array:
         """The most probable action, `[...]`, int32; the first of equals."""
         return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MultiCategorical:
+    """Independent choices for the D components of an action, each among a number of its own.
+
+    The probability of an action is the product of its components' probabilities, so that log-probabilities and
+    entropies are sums.
+
+    >>> MultiCategorical(jnp.zeros(5), (3, 2)).entropy()  # log 3 + log 2
+    Array(1.7917595, dtype=float32)
+
+    Attributes:
+      logits: the logits of all components side by side, `[..., A_1 + ... + A_D]`, float. `-inf` marks an
+        impossible choice.
+      num_actions: the number of choices of each component, `(A_1, ..., A_D)`. It is static: part of the tree's
+        structure, not one of its arrays.
+    """
+
+    logits: Array
+    num_actions: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def components(self) -> Categorical:
+        """The components' distributions as one batch `[..., D]`.
+
+        A component with fewer choices than another is filled up with impossible ones.
+
+        Raises:
+          AssertionError: if the number of logits is not the sum of `num_actions`.
+        """
+        chex.assert_axis_dimension(self.logits, -1, sum(self.num_actions))
+        parts = jnp.split(self.logits, np.cumsum(self.num_actions)[:-1], axis=-1)
+        same = [(0, 0)] * (self.logits.ndim - 1)
+        filled = [
+            jnp.pad(part, [*same, (0, max(self.num_actions) - n)], constant_values=-jnp.inf)
+            for part, n in zip(parts, self.num_actions, strict=True)
+        ]
+        return Categorical(jnp.stack(filled, axis=-2))
+
+    def sample(self, key: Array) -> Array:
+        """One action for each batch element, `[..., D]`, int32."""
+        return self.components().sample(key)
+
+    def log_prob(self, action: Array) -> Array:
+        """The log-probability of `action`, `[..., D]` int, as `[...]` float in nats.
+
+        If any component of an action is outside its range, its log-probability is NaN.
+
+        Raises:
+          AssertionError: if the shape is not that of the batch and of the components, or the dtype is not of
+            integers.
+        """
+        log_probs = self.components().log_prob(action)
+        exists = action < np.array(self.num_actions)  # and is not one of those filled up with
+        return jnp.where(exists, log_probs, jnp.nan).sum(axis=-1)
+
+    def entropy(self) -> Array:
+        """The entropy of the whole distribution, `[...]`, in nats, between 0 and the sum of log A_d."""
+        return self.components().entropy().sum(axis=-1)
+
+    def mode(self) -> Array:
+        """The most probable action, `[..., D]`, int32; the first of equals in each component."""
+        return self.components().mode()
 
 
 @jax.tree_util.register_dataclass

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from a3c_jax import _compiled
 from a3c_jax.protocol import Transition
@@ -28,6 +29,10 @@ class GymnaxEnvironment:
     Observations of a Box space are passed on; those of a Discrete space become one-hot vectors; those of a
     Dict or Tuple space become a dict or tuple of these.
 
+    Several discrete actions at once are one vector of integers to the policy, in the order in which the space
+    lists them. The environment gets what its space describes: a dict or tuple of integers if the space is a Dict or
+    Tuple of Discrete spaces, and a vector of integers if it has `nvec`, as Gymnasium's MultiDiscrete does.
+
     A continuous action is any real number to the policy, whose log-probability is that of the number it
     drew. The environment fits it into its bounds: -1 and 1 become the lower and the upper bound, and what
     lies beyond is clipped, or everything is squashed by tanh. Without bounds it is passed on.
@@ -37,7 +42,8 @@ class GymnaxEnvironment:
       gymnax: the environment itself.
       params: what its methods take last.
       action_bounds: `clip` or `tanh`.
-      num_actions: number of discrete actions, or of a continuous action's dimensions.
+      num_actions: number of discrete actions; for several discrete actions at once a tuple of such numbers, one
+        for each; for a continuous action the number of its dimensions.
       continuous: whether actions are continuous.
       observation_space: the space of one observation, as the environment declares it.
       observation_shape: the shape of one observation; a dict or tuple of shapes for a Dict or Tuple space.
@@ -54,16 +60,8 @@ class GymnaxEnvironment:
         self.observation_space = environment.observation_space(params)
         self.observation_shape = _shape(name, self.observation_space)
         self._actions = environment.action_space(params)
-        self.continuous = not hasattr(self._actions, "n")
-        if not self.continuous:
-            self.num_actions = int(self._actions.n)
-        elif hasattr(self._actions, "low"):
-            self.num_actions = math.prod(self._actions.shape)
-        else:
-            raise ValueError(
-                f"environment {name!r} has the action space {self._actions}, but only Discrete and Box "
-                "actions are supported; flatten them into one of those first."
-            )
+        self.continuous = hasattr(self._actions, "low")
+        self.num_actions = _num_actions(name, self._actions)
         kind = type(environment)  # a wrapper has the parts too, but they are those of what it wraps
         self.resets_in_gymnax = isinstance(environment, GymnaxBase) and (
             (kind.step, kind.reset) == (GymnaxBase.step, GymnaxBase.reset)
@@ -85,20 +83,22 @@ class GymnaxEnvironment:
 
     def step(self, key: Array, state: Any, action: Array) -> Transition:
         """See `a3c_jax.environments.Environment`."""
-        if self.continuous:
-            action = self._fit(action)
+        num_envs = action.shape[0]
+        action = self._fit(action) if self.continuous else _decode(self._actions, action)
         step = self._step_in_parts if self.resets_in_gymnax else self._step_whole
-        return step(key, state, action)
+        return step(jax.random.split(key, num_envs), state, action)
 
     def random_action(self, key: Array, num_envs: int) -> Array:
         """See `a3c_jax.environments.Environment`."""
+        num_actions: Any = self.num_actions
         if not self.continuous:
-            return jax.random.randint(key, (num_envs,), 0, self.num_actions)
-        uniform = jax.random.uniform(key, (num_envs, self.num_actions), minval=-1.0, maxval=1.0)
+            shape = (num_envs, *np.shape(num_actions))
+            return jax.random.randint(key, shape, 0, jnp.asarray(num_actions))
+        uniform = jax.random.uniform(key, (num_envs, num_actions), minval=-1.0, maxval=1.0)
         return jnp.arctanh(0.999999 * uniform) if self.action_bounds == "tanh" else uniform
 
-    def _step_in_parts(self, key: Array, state: Any, action: Array) -> Transition:
-        keys = jax.vmap(jax.random.split)(jax.random.split(key, action.shape[0]))
+    def _step_in_parts(self, keys: Array, state: Any, action: Any) -> Transition:
+        keys = jax.vmap(jax.random.split)(keys)
         final_observation, next_state, reward, terminated, _ = jax.vmap(
             self.gymnax.step_env, (0, 0, 0, None)
         )(keys[:, 0], state, action, self.params)
@@ -125,8 +125,7 @@ class GymnaxEnvironment:
             self._encode(final_observation),
         )
 
-    def _step_whole(self, key: Array, state: Any, action: Array) -> Transition:
-        keys = jax.random.split(key, action.shape[0])
+    def _step_whole(self, keys: Array, state: Any, action: Any) -> Transition:
         observation, state, reward, terminated, truncated, info = jax.vmap(
             self.gymnax.step, (0, 0, 0, None)
         )(keys, state, action, self.params)
@@ -191,6 +190,35 @@ def _encode(space: Any, observation: Any) -> Any:
     return tuple(
         _encode(part, piece) for part, piece in zip(space.spaces, observation, strict=True)
     )
+
+
+def _num_actions(name: str, space: Any) -> int | tuple[int, ...]:
+    """The `num_actions` of an environment with this action space."""
+    if hasattr(space, "n"):
+        return int(space.n)
+    if hasattr(space, "low"):
+        return math.prod(space.shape)
+    parts = getattr(space, "spaces", ())
+    parts = list(parts.values() if isinstance(parts, Mapping) else parts)
+    if all(hasattr(part, "n") for part in parts):
+        sizes = getattr(space, "nvec", [part.n for part in parts])
+        if np.ndim(sizes) == 1 and len(sizes) > 0:
+            return tuple(int(size) for size in sizes)
+    raise ValueError(
+        f"environment {name!r} has the action space {space}, but only Discrete and Box actions, Dict and Tuple "
+        "of Discrete, and one-dimensional MultiDiscrete are supported; flatten them into one of those first."
+    )
+
+
+def _decode(space: Any, action: Array) -> Any:
+    """Discrete actions `[N]` or `[N, D]` as the environment's own."""
+    parts = getattr(space, "spaces", None)
+    if isinstance(parts, Mapping):
+        return {key: _decode(part, action[:, d]) for d, (key, part) in enumerate(parts.items())}
+    if parts is not None:
+        return tuple(_decode(part, action[:, d]) for d, part in enumerate(parts))
+    # Gymnasium's spaces of integers may begin at another number than zero.
+    return action + space.start if hasattr(space, "start") else action
 
 
 def _expand(flags: Array, ndim: int) -> Array:

@@ -271,8 +271,9 @@ def a3c_loss(
         distribution and the value at every observation acted upon, and the value of every observation
         that followed. `a3c_jax.networks.trajectory_apply(network)` makes one from a Flax network.
       trajectory: anything with `action_tm1`, `reward_t`, `terminated_t` and `truncated_t`, each
-        `[T, ...]` (a continuous action may have one more dimension), and whatever `apply_fn` reads:
-        `a3c_jax.rollout.Trajectory` for instance.
+        `[T, ...]`, and whatever `apply_fn` reads: `a3c_jax.rollout.Trajectory` for instance. Continuous
+        actions, and several discrete ones at once, have one more dimension, over which the
+        distribution's `log_prob` sums.
       discount: the factor gamma, per step, in [0, 1].
       critic_cost: the weight of `critic_loss`. With the half inside that loss, 0.5 gives the
         `0.25 (R - V)^2` that the common implementations share; the paper names no value.

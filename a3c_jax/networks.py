@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from a3c_jax import normalization
 from a3c_jax.cells import Carry, initial_carry
-from a3c_jax.distributions import Categorical, DiagonalGaussian
+from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorical
 from a3c_jax.torsos import MLP, Conv, Trunk
 
 Array = jax.Array
-Distribution = Categorical | DiagonalGaussian
+Distribution = Categorical | MultiCategorical | DiagonalGaussian
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
@@ -43,7 +44,8 @@ class ActorCritic(nn.Module):
     default configuration trains on an environment whose observations are vectors.
 
     Attributes:
-      num_actions: number of discrete actions, or of a continuous action's dimensions.
+      num_actions: number of discrete actions; for several discrete actions at once a tuple of such numbers, one
+        for each (see `MultiCategorical`); for a continuous action the number of its dimensions.
       hidden_sizes: width of each hidden layer.
       activation: name of the non-linearity, a key of `ACTIVATIONS`.
       shared_torso: whether actor and critic share everything but the heads.
@@ -58,7 +60,7 @@ class ActorCritic(nn.Module):
         exponential of a free parameter. (In the paper one variance for all dimensions is the softplus.)
     """
 
-    num_actions: int
+    num_actions: int | tuple[int, ...]
     hidden_sizes: tuple[int, ...] = (128,)
     activation: str = "tanh"
     shared_torso: bool = False
@@ -75,6 +77,13 @@ class ActorCritic(nn.Module):
         object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
         if not isinstance(self.observation_ndim, int):
             object.__setattr__(self, "observation_ndim", tuple(self.observation_ndim))
+        if np.ndim(self.num_actions):
+            object.__setattr__(self, "num_actions", tuple(np.asarray(self.num_actions).tolist()))
+            if self.continuous:
+                raise ValueError(
+                    "num_actions must be one number of dimensions if continuous is True, got "
+                    f"{self.num_actions}; set continuous to False for several discrete actions."
+                )
         if self.torso not in ("mlp", "conv"):
             raise ValueError(f"torso must be 'mlp' or 'conv', got {self.torso!r}; use 'mlp'.")
         super().__post_init__()
@@ -87,12 +96,13 @@ class ActorCritic(nn.Module):
     def setup(self) -> None:
         self.actor_trunk = self.make_trunk()
         self.critic_trunk = self.actor_trunk if self.shared_torso else self.make_trunk()
-        self.policy_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
+        num_outputs = int(np.sum(self.num_actions))
+        self.policy_head = nn.Dense(num_outputs, kernel_init=_POLICY_INIT)
         self.value_head = nn.Dense(1, kernel_init=_VALUE_INIT)
         if self.continuous and self.state_dependent_scale:
-            self.scale_head = nn.Dense(self.num_actions, kernel_init=_POLICY_INIT)
+            self.scale_head = nn.Dense(num_outputs, kernel_init=_POLICY_INIT)
         elif self.continuous:
-            self.log_scale = self.param("log_scale", nn.initializers.zeros, (self.num_actions,))
+            self.log_scale = self.param("log_scale", nn.initializers.zeros, (num_outputs,))
 
     def make_trunk(self) -> Trunk:
         """Torso and core, everything but the heads."""
@@ -171,6 +181,8 @@ class ActorCritic(nn.Module):
 
     def _policy(self, features: Array) -> Distribution:
         outputs = self.policy_head(features)  # logits, never probabilities; or means
+        if isinstance(self.num_actions, tuple):
+            return MultiCategorical(outputs, self.num_actions)
         if not self.continuous:
             return Categorical(outputs)
         if self.state_dependent_scale:

@@ -38,14 +38,15 @@ class Environment(Protocol):
 
     Attributes:
       name: for people.
-      num_actions: number of discrete actions, or of a continuous action's dimensions.
+      num_actions: number of discrete actions; for several discrete actions at once a tuple of such numbers, one
+        for each; for a continuous action the number of its dimensions.
       continuous: whether actions are continuous.
       observation_shape: the shape of one observation; a dict or tuple of shapes if observations are dicts or
         tuples.
     """
 
     name: str
-    num_actions: int
+    num_actions: int | tuple[int, ...]
     continuous: bool
     observation_shape: Any
 
@@ -54,7 +55,11 @@ class Environment(Protocol):
         ...
 
     def step(self, key: Array, state: Any, action: Array) -> Transition:
-        """Applies one action to each environment: `[N]` int32, or `[N, D]` float32, any real numbers."""
+        """Applies one action to each environment.
+
+        A discrete action is `[N]` int32, or `[N, D]` int32 for D discrete actions at once. A continuous action is
+        `[N, D]` float32, any real numbers.
+        """
         ...
 
     def random_action(self, key: Array, num_envs: int) -> Array:

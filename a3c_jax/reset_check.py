@@ -133,5 +133,5 @@ def _observe(progress: _Progress, transition: Transition, firsts: Any) -> _Progr
 def _random_action(environment: Environment, action: jax.ShapeDtypeStruct, key: Array) -> Array:
     shape = (_NUM_ENVS, *action.shape[1:])
     if jnp.issubdtype(action.dtype, jnp.integer):
-        return jax.random.randint(key, shape, 0, environment.num_actions, action.dtype)
+        return jax.random.randint(key, shape, 0, jnp.asarray(environment.num_actions), action.dtype)
     return jax.random.normal(key, shape, action.dtype)

@@ -19,7 +19,8 @@ class Trajectory(NamedTuple):
 
     Attributes:
       observation_tm1: what was acted upon, `[T, N, ...]`, or a dict or tuple of such arrays.
-      action_tm1: what was done, `[T, N]` int32, or `[T, N, D]` float32 if actions are continuous.
+      action_tm1: what was done, `[T, N]` int32, or `[T, N, D]` int32 for D discrete actions at once, or
+        `[T, N, D]` float32 if actions are continuous.
       reward_t: what it earned, `[T, N]` float32.
       terminated_t: whether it ended the episode, `[T, N]` bool.
       truncated_t: whether a time limit then cut the episode, `[T, N]` bool.

@@ -13,7 +13,7 @@ import scipy.stats
 from jax.test_util import check_grads
 
 from a3c_jax import distributions
-from a3c_jax.distributions import Categorical, DiagonalGaussian
+from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorical
 
 NUM_SAMPLES = 20_000
 # A mean of NUM_SAMPLES draws strays from its expectation by more than five standard errors once in
@@ -33,6 +33,16 @@ def random_normal(*shape, seed=0):
 
 def random_categorical(*shape):
     return Categorical(jnp.asarray(2.0 * random_normal(*shape)))
+
+
+def random_multi_categorical(sizes, *batch):
+    return MultiCategorical(jnp.asarray(2.0 * random_normal(*batch, sum(sizes))), sizes)
+
+
+def split_by_hand(array, sizes):
+    """The columns of each component, with slices."""
+    ends = list(itertools.accumulate(sizes))
+    return [array[..., end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def random_gaussian(*shape):
@@ -115,6 +125,8 @@ def test_gradients_equal_finite_differences():
         for function, arguments in [
             (lambda z: Categorical(z).log_prob(index), (first,)),
             (lambda z: Categorical(z).entropy(), (first,)),
+            (lambda z: MultiCategorical(z, (1, 2)).log_prob(index[:, None] * [0, 1] % 2), (first,)),
+            (lambda z: MultiCategorical(z, (1, 2)).entropy(), (first,)),
             (lambda m, s, a: DiagonalGaussian(m, s).log_prob(a), (first, scale, action)),
             (lambda m, s: DiagonalGaussian(m, s).entropy(), (first, scale)),
         ]:
@@ -203,6 +215,158 @@ def test_a_categorical_action_of_the_wrong_shape_or_type_is_refused(variant, act
         variant(random_categorical(4, 3).log_prob)(action)
 
 
+# MultiCategorical.
+
+SIZES = [(3,), (3, 2), (2, 1, 4), (2, 2, 2)]
+
+
+def test_multi_categorical_by_hand():
+    distribution = MultiCategorical(jnp.log(jnp.array([[1.0, 2.0, 1.0, 3.0, 1.0]])), (3, 2))
+    # Probabilities 1/4, 1/2, 1/4 and 3/4, 1/4: of the second and the first choice 1/2 * 3/4.
+    assert_close(distribution.log_prob(jnp.array([[1, 0]])), np.log([0.375]))
+    # 1.5 log 2, and 3/4 log(4/3) + 1/4 log 4 = 2 log 2 - 3/4 log 3.
+    assert_close(distribution.entropy(), np.array([3.5 * np.log(2.0) - 0.75 * np.log(3.0)]))
+    chex.assert_trees_all_equal(distribution.mode(), jnp.array([[1, 0]], jnp.int32))
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (5, 2)], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_multi_categorical_equals_numpy_for_any_batch_shape(sizes, batch):
+    distribution = random_multi_categorical(sizes, *batch)
+    action = np.random.default_rng(1).integers(0, sizes, (*batch, len(sizes)))
+    log_prob, entropy = np.zeros(batch), np.zeros(batch)
+    modes = []
+    for d, logits in enumerate(split_by_hand(np.asarray(distribution.logits, np.float64), sizes)):
+        log_probs = scipy.special.log_softmax(logits, axis=-1)
+        log_prob += np.take_along_axis(log_probs, action[..., d, None], -1)[..., 0]
+        entropy += scipy.stats.entropy(np.exp(log_probs), axis=-1)
+        modes.append(np.argmax(logits, -1).astype(np.int32))
+    assert_close(distribution.log_prob(jnp.asarray(action)), log_prob)
+    assert_close(distribution.entropy(), entropy)
+    chex.assert_trees_all_equal(distribution.mode(), np.stack(modes, -1))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_multi_categorical_is_a_product_of_categoricals_and_so_are_its_gradients(sizes):
+    distribution, action = random_multi_categorical(sizes, 6), random_action(sizes, 6)
+
+    def together(logits):
+        distribution = MultiCategorical(logits, sizes)
+        return distribution.log_prob(action), distribution.entropy()
+
+    def one_by_one(logits):
+        parts = [Categorical(part) for part in split_by_hand(logits, sizes)]
+        log_probs = [part.log_prob(action[:, d]) for d, part in enumerate(parts)]
+        return sum(log_probs), sum(part.entropy() for part in parts)
+
+    logits = distribution.logits
+    assert_close(together(logits), one_by_one(logits))
+    gradient, expected = (jax.jit(jax.jacrev(f))(logits) for f in (together, one_by_one))
+    assert_close(gradient, expected)
+
+
+def random_action(sizes, *batch):
+    return jax.random.randint(jax.random.key(2), (*batch, len(sizes)), 0, jnp.array(sizes))
+
+
+def test_the_probabilities_of_all_joint_actions_add_up_to_one():
+    distribution = random_multi_categorical((3, 1, 2))
+    joint = jnp.array(list(itertools.product(range(3), range(1), range(2))))
+    assert_close(jnp.exp(jax.vmap(distribution.log_prob)(joint)).sum(), np.array(1.0))
+
+
+def test_multi_categorical_samples_are_independent_and_have_the_given_frequencies():
+    first, second = np.array([0.2, 0.8]), np.array([0.1, 0.6, 0.3, 0.0])
+    logits = jnp.log(jnp.asarray(np.concatenate([first, second])))
+    keys = jax.random.split(jax.random.key(0), NUM_SAMPLES)
+    samples = jax.jit(jax.vmap(MultiCategorical(logits, (2, 4)).sample))(keys)
+    chex.assert_shape(samples, (NUM_SAMPLES, 2))
+    chex.assert_type(samples, jnp.int32)
+    joint = np.zeros((2, 4))
+    np.add.at(joint, tuple(np.asarray(samples).T), 1.0 / NUM_SAMPLES)
+    expected = first[:, None] * second
+    standard_error = np.sqrt(expected * (1.0 - expected) / NUM_SAMPLES)
+    assert np.all(np.abs(joint - expected) <= STANDARD_ERRORS * standard_error)
+    assert np.all(joint[:, 3] == 0.0)  # an impossible choice is never drawn
+
+
+def test_an_impossible_choice_leaves_the_other_components_as_they_are():
+    logits, sizes = jnp.array([0.3, -jnp.inf, 1.2, -0.5, 0.7]), (3, 2)
+    without = logits[jnp.array([0, 2, 3, 4])]
+
+    def both(logits, sizes, action):
+        distribution = MultiCategorical(logits, sizes)
+        return jnp.stack([distribution.log_prob(action), distribution.entropy()])
+
+    arguments = logits, sizes, jnp.array([2, 1])
+    expected = without, (2, 2), jnp.array([1, 1])
+    assert_close(both(*arguments), both(*expected))
+    gradients, few = (np.asarray(jax.jacrev(both)(*given)) for given in (arguments, expected))
+    assert_close(gradients[:, [0, 2, 3, 4]], few)
+    assert np.all(gradients[:, 1] == 0.0)
+    # To have taken it is as unlikely as can be, but not undefined, whatever the other component.
+    taken = jnp.array([1, 0])
+    assert MultiCategorical(logits, sizes).log_prob(taken) == -jnp.inf
+    chex.assert_tree_all_finite(jax.jacrev(both)(logits, sizes, taken))
+
+
+def test_extreme_logits_of_several_components_give_finite_gradients():
+    logits = jnp.array([1e4, -1e4, 0.0, -1e4, 1e4])
+
+    def values(logits):
+        distribution = MultiCategorical(logits, (3, 2))
+        return jnp.stack([distribution.log_prob(jnp.array([1, 0])), distribution.entropy()])
+
+    chex.assert_trees_all_equal(values(logits), jnp.array([-4e4, 0.0]))
+    expected = [[-1.0, 1.0, 0.0, 1.0, -1.0], [0.0] * 5]
+    assert_close(jax.jit(jax.jacrev(values))(logits), np.array(expected))
+
+
+def test_an_action_with_any_component_out_of_its_own_range_gives_nan():
+    action = jnp.array([[0, 2], [0, -1], [3, 1], [-1, 0], [100, 100], [2, 1]])
+    log_prob = random_multi_categorical((3, 2), 6).log_prob(action)
+    chex.assert_trees_all_equal(jnp.isnan(log_prob), jnp.array([True] * 5 + [False]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32])
+def test_several_actions_of_every_integer_type_have_the_same_log_probability(dtype):
+    distribution = random_multi_categorical((300, 2), 3)
+    action = jnp.array([[0, 1], [100, 0], [127, 1]])
+    chex.assert_trees_all_equal(
+        distribution.log_prob(action.astype(dtype)), distribution.log_prob(action)
+    )
+
+
+@pytest.mark.parametrize("variant", [lambda f: f, jax.jit], ids=["without_jit", "with_jit"])
+@pytest.mark.parametrize(
+    ("action", "match"),
+    [
+        (jnp.zeros(4, jnp.int32), r"shape \(4,\) but expected \(4, 2\)"),
+        (jnp.zeros((4, 1), jnp.int32), r"shape \(4, 1\) but expected \(4, 2\)"),
+        (jnp.zeros((2, 4), jnp.int32), r"shape \(2, 4\) but expected \(4, 2\)"),
+        (jnp.zeros((4, 5), jnp.int32), r"shape \(4, 5\) but expected \(4, 2\)"),
+        (jnp.zeros((4, 2)), r"type float32 but expected .*int"),
+    ],
+    ids=["one_number", "one_component", "transposed", "one_per_logit", "floats"],
+)
+def test_several_actions_of_the_wrong_shape_or_type_are_refused(variant, action, match):
+    with pytest.raises(AssertionError, match=match):
+        variant(random_multi_categorical((3, 2), 4).log_prob)(action)
+
+
+@pytest.mark.parametrize("method", ["entropy", "mode", "components"])
+def test_logits_of_another_number_than_all_choices_are_refused(method):
+    distribution = MultiCategorical(jnp.zeros((4, 6)), (3, 2))
+    with pytest.raises(AssertionError, match=r"equal to '5' on axis '-1'"):
+        getattr(distribution, method)()
+
+
+def test_other_numbers_of_choices_are_another_tree():
+    several, others = (MultiCategorical(jnp.zeros(5), sizes) for sizes in [(3, 2), (2, 3)])
+    assert jax.tree.structure(several) != jax.tree.structure(others)
+    assert jax.jit(lambda distribution: distribution)(several).num_actions == (3, 2)
+
+
 # DiagonalGaussian.
 
 
@@ -276,16 +440,17 @@ def test_a_gaussian_action_of_the_wrong_shape_is_refused(variant, shape):
         variant(random_gaussian(4, 2).log_prob)(jnp.zeros(shape))
 
 
-# Both.
+# All.
 
 
 @pytest.mark.parametrize(
     ("distribution", "action", "num_leaves"),
     [
         (random_categorical(5, 3), jnp.array([0, 1, 2, 1, 0]), 1),
+        (random_multi_categorical((3, 2), 5), random_action((3, 2), 5), 1),
         (random_gaussian(5, 3), random_normal(5, 3, seed=2), 2),
     ],
-    ids=["categorical", "gaussian"],
+    ids=["categorical", "multi_categorical", "gaussian"],
 )
 def test_distributions_pass_through_transformations_as_trees(distribution, action, num_leaves):
     assert len(jax.tree.leaves(distribution)) == num_leaves
@@ -304,7 +469,8 @@ def test_distributions_pass_through_transformations_as_trees(distribution, actio
 
 
 def test_the_same_key_gives_the_same_sample_and_another_key_another():
-    for distribution in (random_categorical(50, 3), random_gaussian(50, 3)):
+    several = random_multi_categorical((3, 2), 50)
+    for distribution in (random_categorical(50, 3), several, random_gaussian(50, 3)):
         first, again, other = (distribution.sample(jax.random.key(seed)) for seed in (0, 0, 1))
         chex.assert_trees_all_equal(first, again)
         assert np.any(np.asarray(first != other))
