@@ -336,6 +336,7 @@ OTHER_VALUES = {
     "critic_cost": 0.1,
     "entropy_cost": 0.1,
     "terminal_reward": -1.0,
+    "algorithm": "n_step_q",
     "optimizer": "momentum",
     "learning_rate": 0.5,
     "learning_rate_schedule": "linear",

@@ -174,7 +174,8 @@ def test_a_trace_has_every_call_of_every_worker(small_program):
     program = trace.program(small_program).replace(max_steps=20 * 500)
     result = a3c_jax.train(program)
     assert sorted(trace.workers) == ["a3c-worker-0", "a3c-worker-1"]
-    steps = [len(calls["step"]) for calls in trace.workers.values()]
+    # Either worker may have been the first to make a call.
+    steps = [len(calls["step"]) for _, calls in sorted(trace.workers.items())]
     assert steps == np.bincount(result.schedule.worker, minlength=2).tolist()
     assert sum(steps) == 500
     assert sum(len(calls["update"]) for calls in trace.workers.values()) >= 500

@@ -239,10 +239,10 @@ def test_a_wrong_parameter_is_answered_with_a_remedy(name, message):
         make(name)
 
 
-def test_actions_of_several_parts_are_refused_with_a_remedy():
+def test_actions_of_parts_that_are_not_all_discrete_are_refused_with_a_remedy():
     class Nested(Plain):
         def action_space(self, params=None):
-            return spaces.Tuple((spaces.Discrete(2), spaces.Discrete(2)))
+            return spaces.Tuple((spaces.Discrete(2), spaces.Box(0.0, 1.0, (1,))))
 
     with pytest.raises(ValueError, match=r"'Nested' has the action space .*; flatten them"):
         make_blueprint(A3CConfig(**TINY), environment=Nested())

@@ -9,6 +9,7 @@ import chex
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 from probes import Probe
 from small_runs import WALK, Walk, assert_equal_runs, program, small, words
@@ -16,6 +17,7 @@ from small_runs import WALK, Walk, assert_equal_runs, program, small, words
 import a3c_jax
 from a3c_jax import A3CConfig, _compiled, build, replay, train
 from a3c_jax.asynchrony.trees import name_leaves
+from a3c_jax.config import OPTIMIZER_FIELDS
 from a3c_jax.distributions import Categorical
 
 SMALL = {"num_workers": 3, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (4,)}
@@ -198,7 +200,7 @@ def test_ten_seeds_are_compiled_once(compilations):
 
 # A change of each field of the configuration, from the defaults.
 CHANGES = {
-    "environment": "Acrobot-v1", "num_workers": 3, "envs_per_worker": 3, "t_max": 5, "discount": 0.5,
+    "environment": "Acrobot-v1", "algorithm": "n_step_q", "num_workers": 3, "envs_per_worker": 3, "t_max": 5, "discount": 0.5,
     "gae_lambda": 0.5, "critic_cost": 0.1, "entropy_cost": 0.5, "reward_clip": 1.0, "terminal_reward": -1.0,
     "normalize_observations": True, "normalize_rewards": True, "optimizer": "momentum",
     "learning_rate": 0.5, "learning_rate_schedule": "linear", "max_gradient_norm": 0.1,
@@ -218,13 +220,14 @@ def test_what_a_run_may_change_is_this_and_no_more():
     assert set(CHANGES) == {field.name for field in dataclasses.fields(A3CConfig)}
     built = program(small(), WALK)
     built = dataclasses.replace(built, config=A3CConfig())
+    assert set(OPTIMIZER_FIELDS) < set(CHANGES)
     for name, value in CHANGES.items():
         assert getattr(built.config, name) != value, name
         if name in RUN_ONLY:
             changed = built.replace(**{name: value})
             assert changed.config == dataclasses.replace(built.config, **{name: value})
             assert changed.step is built.step and changed.updater is built.updater
-        else:
+        elif name not in OPTIMIZER_FIELDS:
             with pytest.raises(ValueError, match=f"must not change {name}, "):
                 built.replace(**{name: value})
     assert built.config == A3CConfig()
@@ -233,18 +236,40 @@ def test_what_a_run_may_change_is_this_and_no_more():
 @pytest.mark.parametrize(
     ("config", "changes"),
     [
-        ({}, {"learning_rate": 0.5}),
         ({}, {"t_max": 5}),
         ({}, {"hidden_sizes": (9,)}),
         ({}, {"environment": "Acrobot-v1"}),
-        ({"optimizer": "rmsprop"}, {"num_workers": 2}),
-        ({"learning_rate_schedule": "linear"}, {"max_steps": 8}),
     ],
 )
 def test_what_needs_another_program_is_refused_by_name(config, changes):
     (name,) = changes
     with pytest.raises(ValueError, match=f"Program.replace must not change {name}.*build another"):
         program(small(**config), WALK).replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ({}, {"learning_rate": 0.5}),
+        ({}, {"optimizer": "momentum", "max_gradient_norm": None}),
+        ({"optimizer": "rmsprop", "num_workers": 1}, {"num_workers": 2}),
+        ({"learning_rate_schedule": "linear", "max_steps": 400}, {"max_steps": 80}),
+    ],
+    ids=["learning rate", "another one", "its state", "its schedule"],
+)
+def test_another_optimizer_is_compiled_and_the_worker_step_is_not(config, changes):
+    built = build(small(**config), environment=WALK)
+    changed = built.replace(**changes)
+    assert changed.step is built.step and changed.updater is not built.updater
+    schedule = a3c_jax.round_robin(changed.config.num_workers, num_updates=6)
+    expected = replay(changed.config, schedule, environment=WALK, single_kernel=built.single_kernel)
+    assert_equal_runs(replay(changed, schedule), expected)
+
+
+def test_an_optimizer_of_one_s_own_stays():
+    built = a3c_jax.build(small(), environment=WALK, optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="must not change what an own optimizer may depend on"):
+        built.replace(learning_rate=0.5)
 
 
 def test_nonsense_is_refused_as_the_configuration_refuses_it(built):
@@ -299,7 +324,7 @@ def test_parameters_of_another_network_are_refused_by_name():
 
 def test_a_program_is_a_value_with_these_parts(built):
     assert [field.name for field in dataclasses.fields(built)] == [
-        "config", "blueprint", "step", "updater", "init", "start", "max_concurrent_calls",
+        "config", "blueprint", "describe", "step", "updater", "init", "start", "max_concurrent_calls",
         "single_kernel", "objects", "seconds",
     ]  # fmt: skip
     with pytest.raises(dataclasses.FrozenInstanceError):
