@@ -14,7 +14,14 @@ import tyro
 import a3c_jax
 import experiments
 from a3c_jax.config import A3CConfig
-from experiments.run_folder import check_is_new, continue_in, make_run_dir, train_in_folder
+from experiments.compilation_cache import CompilationCache
+from experiments.run_folder import (
+    check_is_new,
+    continue_in,
+    exit_if_cut_short,
+    make_run_dir,
+    train_in_folder,
+)
 
 Logger = Literal["tensorboard", "wandb", "trackio"]
 
@@ -45,8 +52,6 @@ class Options:
     """Number of updates between two rows of the metrics. None writes a row every half second instead."""
     gif: bool = False
     """Write play.gif, an episode of the trained policy, if gymnax can draw the environment. CartPole and the other classic ones need pygame: pip install -e '.[gif]'."""
-    compilation_cache: Path | None = None
-    """Folder that keeps compiled programs, so that the next run with the same configuration starts faster. None keeps none."""
 
     def __post_init__(self) -> None:
         for name, example in (
@@ -64,6 +69,9 @@ class Arguments:
 
     config: Annotated[A3CConfig, tyro.conf.arg(name="")]
     options: Annotated[Options, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Options)
+    cache: Annotated[CompilationCache, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=CompilationCache
+    )
 
 
 def main(
@@ -90,7 +98,7 @@ def main(
       The run folder.
     """
     with exit_on_bad_input():
-        config, options = _parse_example(name, description, presets, arguments)
+        config, options, cache = _parse_example(name, description, presets, arguments)
         # Everything below loads JAX. Until here nothing has, so that --help answers at once.
         from a3c_jax.asynchrony.checkpoints import check_same_run
         from experiments import report, tasks  # noqa: F401 (registers its environments)
@@ -101,11 +109,10 @@ def main(
         else:
             checkpoint = a3c_jax.find_checkpoint(options.resume)
             presets = {options.preset: checkpoint.config}
-            config, options = _parse_example(name, description, presets, arguments)
+            config, options, cache = _parse_example(name, description, presets, arguments)
             check_same_run(checkpoint.config, config)
     import_seconds = time.perf_counter() - experiments.STARTED
-    if options.compilation_cache is not None:
-        _keep_compiled_programs(options.compilation_cache)
+    cache.use()
     with exit_on_bad_input(ValueError):  # of any other error, the traceback is of use
         single_kernel = None if checkpoint is None else checkpoint.single_kernel
         program = a3c_jax.build(config, single_kernel=single_kernel)
@@ -113,15 +120,16 @@ def main(
         run_dir, checkpoints = _folders(name, config, options, checkpoint)
     with exit_on_bad_input(ImportError):
         sinks = [*sinks, *(_make_logger(logger, run_dir, config) for logger in options.log_to)]
-    result = train_in_folder(
-        program,
-        run_dir,
-        checkpoints,
-        checkpoint,
-        progress=options.progress,
-        sinks=sinks,
-        updates_per_row=options.updates_per_row,
-    )
+    with exit_if_cut_short(run_dir, checkpoint):
+        result = train_in_folder(
+            program,
+            run_dir,
+            checkpoints,
+            checkpoint,
+            progress=options.progress,
+            sinks=sinks,
+            updates_per_row=options.updates_per_row,
+        )
     steps_before = 0 if checkpoint is None else checkpoint.environment_steps
     report.report(result, run_dir, options, import_seconds, steps_before, plot_options)
     return run_dir
@@ -160,7 +168,7 @@ def _parse_example(
     description: str,
     presets: Mapping[str, A3CConfig],
     arguments: Sequence[str] | None,
-) -> tuple[A3CConfig, Options]:
+) -> tuple[A3CConfig, Options, CompilationCache]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default=next(iter(presets)))
     preset = parser.parse_known_args(arguments)[0].preset
@@ -169,7 +177,7 @@ def _parse_example(
     default = Arguments(config=presets[preset], options=Options(preset=preset))
     description = f"{description} Presets: {', '.join(presets)}."
     parsed = parse(name, Arguments, description, arguments, default=default)
-    return parsed.config, parsed.options
+    return parsed.config, parsed.options, parsed.cache
 
 
 def _folders(name: str, config: A3CConfig, options: Options, checkpoint: Any) -> tuple[Path, Any]:
@@ -184,11 +192,3 @@ def _folders(name: str, config: A3CConfig, options: Options, checkpoint: Any) ->
         every_updates=options.checkpoint_updates,
         keep=options.keep_checkpoints,
     )
-
-
-def _keep_compiled_programs(folder: Path) -> None:
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

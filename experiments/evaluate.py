@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 import a3c_jax
 from experiments.command_line import exit_on_bad_input, parse
+from experiments.compilation_cache import CompilationCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,9 @@ class Arguments:
     """Evaluate the parameters at the highest mean return instead of the last ones."""
     gif: Path | None = None
     """Write an episode that the greedy policy plays to this file. It needs an environment that gymnax can draw."""
+    cache: Annotated[CompilationCache, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=CompilationCache
+    )
 
 
 def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
@@ -36,6 +40,7 @@ def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
         parsed = parse("evaluate", Arguments, __doc__, arguments)
         from experiments import tasks  # noqa: F401 (registers its environments)
 
+        parsed.cache.use()
         run = a3c_jax.load(parsed.run, **objects)
         if parsed.best:
             run = run._replace(params=run.best_params)

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -17,6 +17,7 @@ import tyro
 import a3c_jax
 from a3c_jax.asynchrony.objects import check_objects, name_objects
 from experiments.command_line import exit_on_bad_input, parse
+from experiments.compilation_cache import CompilationCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class Arguments:
     """The run folder, or one of its checkpoints."""
     until: int | None = None
     """Make this many updates, and print the metrics of the last one. None makes all, and compares."""
+    cache: Annotated[CompilationCache, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=CompilationCache
+    )
 
 
 def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
@@ -42,6 +46,7 @@ def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
             raise ValueError(f"until must be >= 1, got {parsed.until}; use 1 or more.")
         checkpoint = a3c_jax.find_checkpoint(parsed.run)
         check_objects(checkpoint.objects, name_objects(objects))
+    parsed.cache.use()
     _compare_versions(checkpoint)
     if parsed.until is not None:
         _show_update(checkpoint, parsed.until, objects)

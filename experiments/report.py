@@ -40,9 +40,7 @@ def report(
         "until_trained": time.perf_counter() - experiments.STARTED,
     }
     trained_at = time.time()
-    for name, params in (("final", result.params), ("best", result.best_params)):
-        (run_dir / f"{name}.msgpack").write_bytes(serialization.to_bytes(params))
-    np.savez_compressed(run_dir / "episodes.npz", **result.episodes._asdict())
+    save_arrays(result, run_dir)
     evaluations = evaluate_policies(result, options.evaluation_episodes)
     summary = summarize(result) | {
         "seconds": seconds,
@@ -60,6 +58,13 @@ def report(
 
         animate(run_dir / "play.gif", result)
     print(f"run folder: {run_dir}")
+
+
+def save_arrays(result: a3c_jax.TrainResult, run_dir: Path) -> None:
+    """Saves the final and the best parameters, and every episode."""
+    for name, params in (("final", result.params), ("best", result.best_params)):
+        (run_dir / f"{name}.msgpack").write_bytes(serialization.to_bytes(params))
+    np.savez_compressed(run_dir / "episodes.npz", **result.episodes._asdict())
 
 
 def evaluate_policies(

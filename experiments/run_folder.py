@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,8 +80,8 @@ def train_in_folder(
     """Trains, with metrics in the run folder and a progress bar; the arguments are those of `a3c_jax.train`.
 
     Raises:
-      SystemExit: on Ctrl-C with exit code 130, on SIGTERM with 143, and with 1 if a worker failed. All that was
-        learnt is saved, and how to go on is printed.
+      WorkerError: if a worker failed. `failure.json` says why.
+      TrainingInterrupted: on Ctrl-C and on SIGTERM.
     """
     config = program.config
     write_json(run_dir / "config.json", config.as_dict())
@@ -98,10 +98,35 @@ def train_in_folder(
             resume=resume,
             updates_per_row=updates_per_row,
         )
+    except a3c_jax.WorkerError as error:
+        failure = {
+            "error": str(error),
+            "worker": error.worker,
+            "pulled_version": error.pulled_version,
+            "update": error.result.version,
+        }
+        write_json(run_dir / "failure.json", failure)
+        raise
+
+
+@contextlib.contextmanager
+def exit_if_cut_short(run_dir: Path, resume: "a3c_jax.Checkpoint | None") -> Iterator[None]:
+    """Ends the process with a message on how to go on, if the training in the block does not come to its end.
+
+    Raises:
+      SystemExit: on Ctrl-C with exit code 130, on SIGTERM with 143, and with 1 if a worker failed.
+    """
+    try:
+        yield
     except a3c_jax.TrainingInterrupted as interruption:
         _end_interrupted(run_dir, interruption, resume)
     except a3c_jax.WorkerError as error:
-        _end_failed(run_dir, error)
+        print(
+            f"error: {error}\nrun folder: {run_dir}, with everything up to update "
+            f"{error.result.version:,}\nlook at it with: python -m experiments.replay {run_dir}",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from error
 
 
 def _end_interrupted(run_dir: Path, interruption: Any, resume: Any) -> NoReturn:
@@ -117,20 +142,3 @@ def _end_interrupted(run_dir: Path, interruption: Any, resume: Any) -> NoReturn:
         sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code) from None
-
-
-def _end_failed(run_dir: Path, error: Any) -> NoReturn:
-    version = error.result.version
-    failure = {
-        "error": str(error),
-        "worker": error.worker,
-        "pulled_version": error.pulled_version,
-        "update": version,
-    }
-    write_json(run_dir / "failure.json", failure)
-    print(
-        f"error: {error}\nrun folder: {run_dir}, with everything up to update {version:,}\n"
-        f"look at it with: python -m experiments.replay {run_dir}",
-        file=sys.stderr,
-    )
-    raise SystemExit(1) from error

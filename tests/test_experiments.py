@@ -173,8 +173,8 @@ def test_a_worker_that_fails_leaves_its_reason_in_the_run_folder(tmp_path, capsy
         return program.step(params, state)
 
     checkpoints = a3c_jax.CheckpointFolder(tmp_path / "checkpoints")
-    with pytest.raises(SystemExit) as caught:
-        failing = dataclasses.replace(program, step=fail)
+    failing = dataclasses.replace(program, step=fail)
+    with pytest.raises(SystemExit) as caught, run_folder.exit_if_cut_short(tmp_path, None):
         run_folder.train_in_folder(failing, tmp_path, checkpoints, progress=False)
     assert caught.value.code == 1
     failure = json.loads((tmp_path / "failure.json").read_text())

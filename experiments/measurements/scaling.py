@@ -15,6 +15,7 @@ import numpy as np
 
 from a3c_jax.config import A3CConfig, available_cores
 from experiments.command_line import exit_on_bad_input, parse
+from experiments.compilation_cache import CompilationCache
 from experiments.run_folder import make_run_dir, write_json
 
 DEFAULTS = A3CConfig()
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         points = list(dict.fromkeys(point for line in lines for point in line))
         timing.check(parsed, points if all(lines) else [])
         run_dir = make_run_dir("scaling", parsed.run_dir)
+    CompilationCache().use()
     surroundings = timing.surroundings()
     print(f"compiling for {len(points)} points", file=sys.stderr, flush=True)
     runs = {p: timing.asynchronous(timing.program(*p[:3], hidden_sizes=(p[3],))) for p in points}

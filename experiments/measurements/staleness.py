@@ -21,6 +21,7 @@ import numpy as np
 
 from a3c_jax.config import A3CConfig, Optimizer, available_cores
 from experiments.command_line import exit_on_bad_input, parse
+from experiments.compilation_cache import CompilationCache
 from experiments.run_folder import make_run_dir, write_json
 
 RATES: dict[str, tuple[float, ...]] = {
@@ -133,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for algorithm in parsed.algorithms:
             algorithms.find_algorithm(algorithm)
         run_dir = make_run_dir("staleness", parsed.run_dir)
+    CompilationCache().use()
     from tqdm import tqdm
 
     points: list[Point] = []

@@ -19,6 +19,7 @@ from typing import Any
 from a3c_jax.config import available_cores
 from experiments import article
 from experiments.command_line import exit_on_bad_input, parse
+from experiments.compilation_cache import CompilationCache
 from experiments.run_folder import make_run_dir, write_json
 
 QUOTED = {1: 265.0, 2: 128.0}
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         timing.check(parsed, cases)
         segments = [timing.parse_segment(text, "breakdown") for text in parsed.breakdown]
         run_dir = make_run_dir("throughput", parsed.run_dir)
+    CompilationCache().use()
     surroundings = timing.surroundings()
     rows, articles = measure(parsed, cases)
     breakdowns = breakdown.measure(
