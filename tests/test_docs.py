@@ -1,4 +1,4 @@
-"""The README and the pages in docs/: links lead somewhere, commands and tests exist, and the Python snippets run."""
+"""The README and the pages in docs/: links and commands lead somewhere, tests exist, and snippets run and pass mypy."""
 
 import os
 import re
@@ -107,12 +107,17 @@ def test_every_fault_in_the_table_has_its_test() -> None:
         assert any(name in test for test in tests), f"no test is selected by -k {name}"
 
 
+def write_files(folder: Path) -> None:
+    """Writes the files of which a snippet is said to be the content: others import them."""
+    for page in PAGES:
+        for name, content in FILES.findall(page.read_text("utf-8")):
+            (folder / name).write_text(content, "utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", snippets())
 def test_snippet_runs_without_a_warning(code: str, tmp_path: Path) -> None:
-    for page in PAGES:  # a snippet may import what another one is said to be the file of
-        for name, content in FILES.findall(page.read_text("utf-8")):
-            (tmp_path / name).write_text(content, "utf-8")
+    write_files(tmp_path)
     (tmp_path / "snippet.py").write_text(code, "utf-8")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -124,3 +129,23 @@ def test_snippet_runs_without_a_warning(code: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
+
+
+@pytest.mark.slow
+def test_mypy_finds_nothing_in_the_snippets(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    for snippet in snippets():
+        (code,) = snippet.values
+        assert "type: ignore" not in code
+        module = re.sub(r"\W", "_", str(snippet.id))
+        (tmp_path / f"{module}.py").write_text(code, "utf-8")
+    config = "[mypy]\ncheck_untyped_defs = True\nignore_missing_imports = True\n"
+    (tmp_path / "mypy.ini").write_text(config)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "."],
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
