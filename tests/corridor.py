@@ -18,7 +18,7 @@ class Corridor(environment.Environment):
     default_params = environment.EnvParams(max_steps_in_episode=100)
 
     def reset_env(self, key, params):
-        return jnp.zeros(1), State(time=0, cell=0)
+        return jnp.zeros(1), State(time=0, cell=jnp.array(0))
 
     def step_env(self, key, state, action, params):
         state = State(time=state.time + 1, cell=jnp.clip(state.cell + 2 * action - 1, 0, 10))
