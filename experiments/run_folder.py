@@ -63,8 +63,10 @@ def continue_in(run_dir: Path, wanted: Path | None, environment_steps: int) -> P
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, indented for people to read."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Writes a value as JSON, indented for people to read. The file is there with all of it, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def train_in_folder(

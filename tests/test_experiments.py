@@ -22,7 +22,7 @@ from experiments import command_line, replay, run_folder, tasks  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ["article", "cartpole", "memory", "minatar", "pendulum"]
-TOOLS = ["curves", "replay"] + [
+TOOLS = ["curves", "replay", "sweep"] + [
     f"measurements.{name}"
     for name in ("reproduction", "scaling", "soak", "staleness", "synchronous", "throughput")
 ]
