@@ -353,7 +353,7 @@ import dataclasses, sys, time
 from pathlib import Path
 
 import a3c_jax
-from experiments.run_folder import train_in_folder
+from experiments.run_folder import exit_if_cut_short, train_in_folder
 
 def step(params, state):
     sys.stdout.write("a segment begins\\n")  # print would mix two threads' lines
@@ -363,7 +363,8 @@ def step(params, state):
 program = a3c_jax.build(a3c_jax.A3CConfig(num_workers=3, hidden_sizes=(8,)))
 endless = dataclasses.replace(program, step=step, max_concurrent_calls=lambda *_: None)
 folder = Path(sys.argv[1])
-train_in_folder(endless, folder, a3c_jax.CheckpointFolder(folder / "checkpoints"))
+with exit_if_cut_short(folder, None):
+    train_in_folder(endless, folder, a3c_jax.CheckpointFolder(folder / "checkpoints"))
 """
 
 
