@@ -54,17 +54,18 @@ if TYPE_CHECKING:
         random_policy,
         sampled_policy,
     )
+    from a3c_jax.asynchrony.json_lines import JsonLines
     from a3c_jax.asynchrony.loading import LoadedRun, load
-    from a3c_jax.asynchrony.metrics import EpisodeLog, JsonLines, ProgressBar, Sink
+    from a3c_jax.asynchrony.metrics import ProgressBar, Sink
     from a3c_jax.asynchrony.parameters import (
         NonFiniteError,
-        Schedule,
         SharedParameters,
         Snapshot,
     )
     from a3c_jax.asynchrony.program import Program, build
+    from a3c_jax.asynchrony.records import EpisodeLog, Schedule
     from a3c_jax.asynchrony.replaying import replay
-    from a3c_jax.asynchrony.run import TrainResult
+    from a3c_jax.asynchrony.result import TrainResult
     from a3c_jax.asynchrony.schedules import (
         fixed_delay,
         random_delays,
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     from a3c_jax.asynchrony.simulation import SimulationResult, make_simulation
     from a3c_jax.asynchrony.sinks import TensorBoard, Trackio, WeightsAndBiases
     from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
-    from a3c_jax.asynchrony.training import TrainingInterrupted, train
+    from a3c_jax.asynchrony.training import SinkError, TrainingInterrupted, train
     from a3c_jax.config import A3CConfig
     from a3c_jax.environments import make
     from a3c_jax.networks import ActorCritic
@@ -89,16 +90,18 @@ _NAMES = {
     "asynchrony.checkpoints": ["CheckpointFolder", "find_checkpoint"],
     "asynchrony.evaluation": ["evaluate", "greedy_policy", "random_policy", "sampled_policy"],
     "asynchrony.loading": ["LoadedRun", "load"],
-    "asynchrony.metrics": ["EpisodeLog", "JsonLines", "ProgressBar", "Sink"],
-    "asynchrony.parameters": ["NonFiniteError", "Schedule", "SharedParameters", "Snapshot"],
+    "asynchrony.json_lines": ["JsonLines"],
+    "asynchrony.metrics": ["ProgressBar", "Sink"],
+    "asynchrony.parameters": ["NonFiniteError", "SharedParameters", "Snapshot"],
     "asynchrony.program": ["Program", "build"],
     "asynchrony.replaying": ["replay"],
-    "asynchrony.run": ["TrainResult"],
+    "asynchrony.records": ["EpisodeLog", "Schedule"],
+    "asynchrony.result": ["TrainResult"],
     "asynchrony.schedules": ["fixed_delay", "random_delays", "round_robin", "straggler"],
     "asynchrony.simulation": ["SimulationResult", "make_simulation"],
     "asynchrony.sinks": ["TensorBoard", "Trackio", "WeightsAndBiases"],
     "asynchrony.threads": ["WorkerError", "WorkerThreads"],
-    "asynchrony.training": ["TrainingInterrupted", "train"],
+    "asynchrony.training": ["SinkError", "TrainingInterrupted", "train"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = [

@@ -13,12 +13,14 @@ import tyro
 
 import a3c_jax
 import experiments
+from a3c_jax.asynchrony.signals import raise_noted
 from a3c_jax.config import A3CConfig
 from experiments.compilation_cache import CompilationCache
 from experiments.run_folder import (
     check_is_new,
     continue_in,
     exit_if_cut_short,
+    exit_on_interruption,
     make_run_dir,
     train_in_folder,
 )
@@ -97,9 +99,22 @@ def main(
     Returns:
       The run folder.
     """
+    with exit_on_interruption():
+        return _run_example(name, description, presets, arguments, sinks, plot_options)
+
+
+def _run_example(
+    name: str,
+    description: str,
+    presets: Mapping[str, A3CConfig],
+    arguments: Sequence[str] | None,
+    sinks: Sequence[Any],
+    plot_options: Mapping[str, Any],
+) -> Path:
     with exit_on_bad_input():
         config, options, cache = _parse_example(name, description, presets, arguments)
         # Everything below loads JAX. Until here nothing has, so that --help answers at once.
+        from a3c_jax import CheckpointError
         from a3c_jax.asynchrony.checkpoints import check_same_run
         from experiments import report, tasks  # noqa: F401 (registers its environments)
 
@@ -116,11 +131,18 @@ def main(
     with exit_on_bad_input(ValueError):  # of any other error, the traceback is of use
         single_kernel = None if checkpoint is None else checkpoint.single_kernel
         program = a3c_jax.build(config, single_kernel=single_kernel)
+    raise_noted()
     with exit_on_bad_input():
-        run_dir, checkpoints = _folders(name, config, options, checkpoint)
+        run_dir, checkpoints = _folders(name, options, config.seed)
     with exit_on_bad_input(ImportError):
         sinks = [*sinks, *(_make_logger(logger, run_dir, config) for logger in options.log_to)]
-    with exit_if_cut_short(run_dir, checkpoint):
+    with (
+        exit_if_cut_short(run_dir, checkpoint),
+        exit_on_bad_input(CheckpointError),
+        checkpoints.locked(),
+    ):
+        if checkpoint is not None and options.resume == run_dir:
+            continue_in(run_dir, checkpoint.environment_steps)
         result = train_in_folder(
             program,
             run_dir,
@@ -180,12 +202,17 @@ def _parse_example(
     return parsed.config, parsed.options, parsed.cache
 
 
-def _folders(name: str, config: A3CConfig, options: Options, checkpoint: Any) -> tuple[Path, Any]:
+def _folders(name: str, options: Options, seed: int) -> tuple[Path, Any]:
     """The run folder, new or that of the run to go on with, and the folder of checkpoints in it."""
     if options.resume is not None and options.resume.is_dir():
-        run_dir = continue_in(options.resume, options.run_dir, checkpoint.environment_steps)
+        if options.run_dir not in (None, options.resume):
+            raise ValueError(
+                f"run_dir must not be given with a run folder to resume, got {options.run_dir}; resume from a "
+                "checkpoint file to go on in a new folder."
+            )
+        run_dir = options.resume
     else:
-        run_dir = make_run_dir(f"{name}-seed{config.seed}", options.run_dir)
+        run_dir = make_run_dir(f"{name}-seed{seed}", options.run_dir)
     return run_dir, a3c_jax.CheckpointFolder(
         run_dir / "checkpoints",
         every_seconds=options.checkpoint_seconds,

@@ -11,7 +11,7 @@ The legend says in what the configurations differ, and in which objects of their
 These are known by the names of their classes or functions only, so that two functions of one name, or two optimizers
 of optax, are taken for the same. `--labels` gives names to the groups instead.
 
-A run is read from its latest checkpoint, so that it can still be going on, or from `episodes.npz` if it has none.
+A run is read from its latest checkpoint, so that it can still be going on.
 
 MinAtar's panels show for comparison what actor-critic with traces reached in Young & Tian 2019 (arXiv:1903.03176)
 after 5 million frames, read off their figures. Their environments differ from gymnax's: an action is repeated
@@ -19,7 +19,6 @@ with probability 0.1, and only gymnax ends an episode after 1,000 steps (Freeway
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 import tyro
 
 from experiments.command_line import exit_on_bad_input, parse
+from experiments.run_folder import read_json
 
 if TYPE_CHECKING:
     from a3c_jax import EpisodeLog
@@ -161,11 +161,11 @@ def read_run(folder: Path) -> tuple[dict[str, Any], "EpisodeLog"]:
     try:
         checkpoint = find_checkpoint(folder)
     except CheckpointError as error:
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:  # of an earlier version, which wrote all episodes at the end of a run
             with np.load(folder / "episodes.npz") as arrays:
-                return A3CConfig(**config).as_dict(), EpisodeLog(**arrays)
-        except OSError:
+                episodes = EpisodeLog(**arrays)
+            return A3CConfig(**(read_json(folder / "config.json") or {})).as_dict(), episodes
+        except (OSError, TypeError, ValueError):
             raise ValueError(f"{folder} has no run to draw: {error}") from None
     return checkpoint.config.as_dict() | (checkpoint.objects or {}), checkpoint.episodes
 

@@ -15,9 +15,15 @@ import numpy as np
 from a3c_jax import EpisodeLog
 from experiments.aggregate import aggregate
 
+_MAX_POINTS = 50_000
+"""How many episodes a picture shows at most: a run of days may have more of them than the memory holds."""
 
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the last `window` values at each point, or of all so far if there are fewer."""
+
+def running_mean(values: np.ndarray, window: int, every: int = 1) -> np.ndarray:
+    """The mean of the last `window` values, or of all so far if there are fewer, at every so many points."""
+    if every > 1:  # in constant memory
+        points = range(1, len(values) + 1, every)
+        return np.array([values[max(0, end - window) : end].mean() for end in points])
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     ends = np.arange(1, len(values) + 1)
     begins = np.maximum(ends - window, 0)
@@ -36,6 +42,8 @@ def learning_curve(
 ) -> None:
     """Draws every episode's return as a point, and their running mean as a line.
 
+    Of a great many episodes it draws every second, third and so on.
+
     Args:
       path: where the picture goes.
       episodes: what to draw.
@@ -45,8 +53,11 @@ def learning_curve(
       random_return: mean return of the random policy, if known.
       over_episodes: whether the horizontal axis counts episodes instead of environment steps.
     """
+    every = -(-len(episodes.episode_return) // _MAX_POINTS) or 1
+    mean = running_mean(episodes.episode_return, window, every)
+    episodes = EpisodeLog(*(column[::every] for column in episodes))
     returns = episodes.episode_return
-    x = np.arange(1, len(returns) + 1) if over_episodes else episodes.environment_steps
+    x = np.arange(len(returns)) * every + 1 if over_episodes else episodes.environment_steps
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     alpha = float(np.clip(800 / max(len(returns), 1), 0.06, 0.4))
     for (label, which), colour in zip(_by_worker(episodes).items(), COLOURS, strict=False):
@@ -55,7 +66,6 @@ def learning_curve(
         )
         axes.scatter([], [], s=14, color=colour, label=label)  # for the legend: not transparent
     if len(returns):
-        mean = running_mean(returns, window)
         axes.plot(x, mean, color="black", linewidth=1.8, label=f"mean of the last {window}")
     if solved is not None:
         label = f"solved: {solved:g}"

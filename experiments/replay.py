@@ -2,10 +2,10 @@
 
 One thread makes every update again in the order in which the run made them, whatever the number of workers was.
 The result must be that of the run, bit for bit. If the run failed, the replay goes on to the update that failed.
+A long run can be repeated in part: `--from` begins at a checkpoint, and `--until` ends at an update.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ import a3c_jax
 from a3c_jax.asynchrony.objects import check_objects, name_objects
 from experiments.command_line import exit_on_bad_input, parse
 from experiments.compilation_cache import CompilationCache
+from experiments.run_folder import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,10 @@ class Arguments:
 
     run: tyro.conf.Positional[Path]
     """The run folder, or one of its checkpoints."""
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Begin at this checkpoint of the run, instead of at its first update."""
     until: int | None = None
-    """Make this many updates, and print the metrics of the last one. None makes all, and compares."""
+    """End at this update, counted from the run's first, and print the metrics of the last one made. The result is compared if the run has a checkpoint of this update. None goes to the end, and compares."""
     cache: Annotated[CompilationCache, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=CompilationCache
     )
@@ -46,21 +49,50 @@ def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
             raise ValueError(f"until must be >= 1, got {parsed.until}; use 1 or more.")
         checkpoint = a3c_jax.find_checkpoint(parsed.run)
         check_objects(checkpoint.objects, name_objects(objects))
+        start = None
+        if parsed.start is not None:
+            start = _find_start(
+                parsed.start, checkpoint.version if parsed.until is None else parsed.until
+            )
     parsed.cache.use()
     _compare_versions(checkpoint)
-    if parsed.until is not None:
-        _show_update(checkpoint, parsed.until, objects)
-        return
-    failure = parsed.run / "failure.json"
-    if failure.exists():
-        failed = json.loads(failure.read_text(encoding="utf-8"))
-        if failed["pulled_version"] is None:
-            print("the run failed before its worker had pulled parameters; up to there:")
-        elif _fails_again(checkpoint, failed, objects):
+    with exit_on_bad_input(ValueError):
+        if parsed.until is not None:
+            _show_update(checkpoint, parsed.until, objects, start)
             return
-        else:
-            print("the update that failed in the run does not fail when it is repeated; up to it:")
-    _compare(checkpoint, _replay(checkpoint, checkpoint.schedule, objects))
+        failed = read_json(parsed.run / "failure.json")
+        if failed is not None and start is None and _repeat_failure(checkpoint, failed, objects):
+            return
+        _compare(checkpoint, _replay(checkpoint, checkpoint.schedule, objects, start=start))
+
+
+def _find_start(path: Path, last: int) -> Any:
+    """The checkpoint to begin at.
+
+    Raises:
+      ValueError: if it is not before the last update.
+    """
+    start = a3c_jax.load_checkpoint(path)
+    if start.version >= last:
+        raise ValueError(
+            f"from must be a checkpoint before the last update, {last:,}, got one of update {start.version:,}; "
+            "give an earlier one."
+        )
+    return start
+
+
+def _repeat_failure(checkpoint: Any, failed: dict[str, Any], objects: Any) -> bool:
+    """Repeats a run up to the update that failed; True if that fails again."""
+    if not isinstance(failed.get("worker"), int) or not isinstance(failed.get("error"), str):
+        print("failure.json cannot be understood; up to the last checkpoint:")
+        return False
+    if failed.get("pulled_version") is None:
+        print("the run failed before its worker had pulled parameters; up to there:")
+        return False
+    if _fails_again(checkpoint, failed, objects):
+        return True
+    print("the update that failed in the run does not fail when it is repeated; up to it:")
+    return False
 
 
 def _compare_versions(checkpoint: Any) -> None:
@@ -97,16 +129,31 @@ def _replay(checkpoint: Any, schedule: Any, objects: Any, **options: Any) -> Any
         )
 
 
-def _show_update(checkpoint: Any, until: int, objects: Any) -> None:
+def _show_update(checkpoint: Any, until: int, objects: Any, start: Any) -> None:
+    """Repeats the updates up to one, prints its metrics, and compares if there is a checkpoint of it."""
     last: dict[str, float] = {}
 
     def note(k: int, snapshot: Any, gradients: Any, metrics: dict[str, float]) -> None:
         last.update(metrics)
 
-    result = _replay(checkpoint, checkpoint.schedule, objects, until=until, on_update=note)
+    result = _replay(
+        checkpoint, checkpoint.schedule, objects, start=start, until=until, on_update=note
+    )
     print(f"update {result.version - 1:,}, by worker {result.schedule.worker[-1]}:")
     for name, value in last.items():
         print(f"  {name:20} {value:.6g}")
+    if (there := _checkpoint_of(checkpoint, result.version)) is not None:
+        _compare(there, result)
+
+
+def _checkpoint_of(checkpoint: Any, version: int) -> Any:
+    """The run's checkpoint of an update; None if there is none."""
+    if checkpoint.version == version:
+        return checkpoint
+    if checkpoint.logs is None:
+        return None
+    path = checkpoint.logs["schedule"].path.parent / f"{version:012d}.checkpoint"
+    return a3c_jax.load_checkpoint(path) if path.exists() else None
 
 
 def _fails_again(checkpoint: Any, failed: dict[str, Any], objects: Any) -> bool:

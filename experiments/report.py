@@ -1,17 +1,20 @@
 """What a finished run leaves in its folder: parameters, evaluation, summary, picture."""
 
+import contextlib
+import signal
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax import serialization
 
 import a3c_jax
 import experiments
+from a3c_jax.asynchrony.signals import raise_noted
 from experiments.command_line import Options
-from experiments.run_folder import write_json
+from experiments.run_folder import write_json, writing_whole
 
 Evaluations = dict[str, dict[str, float]]
 
@@ -39,32 +42,82 @@ def report(
         **result.wall_clock,
         "until_trained": time.perf_counter() - experiments.STARTED,
     }
-    trained_at = time.time()
-    save_arrays(result, run_dir)
-    evaluations = evaluate_policies(result, options.evaluation_episodes)
-    summary = summarize(result) | {
-        "seconds": seconds,
-        "trained_at": trained_at,  # seconds since the epoch, for whoever started this process
-        "evaluation": evaluations,
-    }
-    write_json(run_dir / "summary.json", summary)
+    trained_at = time.time()  # seconds since the epoch, for whoever started this process
+    summary = summarize(result) | {"seconds": seconds, "trained_at": trained_at}
     print_training(result, steps_before)
     parts = " + ".join(f"{n} {seconds[n]:.1f}" for n in ("import", "setup", "compile", "train"))
     print(f"  seconds: {parts} = {seconds['until_trained']:.1f}")
-    print_evaluation(evaluations)
-    _draw(result, run_dir, evaluations, plot_options)
-    if options.gif:
-        from experiments.animation import animate
+    losses = _Losses(run_dir)
+    # Before the evaluation, so that they are there if that is interrupted.
+    losses.write(lambda: save_params(result, run_dir))
+    losses.write(lambda: write_json(run_dir / "summary.json", summary))
+    with _saying_what_is_saved(run_dir):
+        evaluations = evaluate_policies(result, options.evaluation_episodes)
+        print_evaluation(evaluations)
+        losses.write(lambda: _draw(result, run_dir, evaluations, plot_options))
+        if options.gif:
+            from experiments.animation import animate
 
-        animate(run_dir / "play.gif", result)
+            losses.write(lambda: animate(run_dir / "play.gif", result))
+        raise_noted()
+    losses.write(
+        lambda: write_json(run_dir / "summary.json", summary | {"evaluation": evaluations})
+    )
+    losses.report()
     print(f"run folder: {run_dir}")
 
 
-def save_arrays(result: a3c_jax.TrainResult, run_dir: Path) -> None:
-    """Saves the final and the best parameters, and every episode."""
+class _Losses:
+    """What could not be written to the run folder. The rest is written all the same."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._lost: list[tuple[Callable[[], Any], OSError]] = []
+
+    def write(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._lost.append((write, error))
+
+    def report(self) -> None:
+        """Tries once more to write what could not be written, and ends the process if something is lost.
+
+        Raises:
+          SystemExit: with exit code 1.
+        """
+        before, self._lost = self._lost, []
+        for write, _ in before:
+            self.write(write)
+        if self._lost:
+            problems = "; ".join(dict.fromkeys(str(error) for _, error in self._lost))
+            print(
+                f"error: not everything could be written to {self._run_dir}: {problems}\n"
+                "Checkpoints that were written hold the parameters: python -m experiments.evaluate "
+                f"{self._run_dir}",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def _saying_what_is_saved(run_dir: Path) -> Iterator[None]:
+    """Adds to an interruption in the block that the training is done."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        raise KeyboardInterrupt(
+            *(interruption.args or (signal.SIGINT,)),
+            f"the training is done, and what it has learnt is in {run_dir}",
+            f"evaluate it with: python -m experiments.evaluate {run_dir}",
+        ) from None
+
+
+def save_params(result: a3c_jax.TrainResult, run_dir: Path) -> None:
+    """Saves the final and the best parameters."""
     for name, params in (("final", result.params), ("best", result.best_params)):
-        (run_dir / f"{name}.msgpack").write_bytes(serialization.to_bytes(params))
-    np.savez_compressed(run_dir / "episodes.npz", **result.episodes._asdict())
+        with writing_whole(run_dir / f"{name}.msgpack") as file:
+            file.write(serialization.to_bytes(params))
 
 
 def evaluate_policies(
@@ -78,6 +131,7 @@ def evaluate_policies(
         ("sampled", a3c_jax.sampled_policy(result.network)),
         ("random", a3c_jax.random_policy(environment)),
     ):
+        raise_noted()
         returns = a3c_jax.evaluate(
             policy, result.params, environment, result.evaluation_key, num_episodes
         ).returns
@@ -91,7 +145,7 @@ def evaluate_policies(
 def summarize(result: a3c_jax.TrainResult) -> dict[str, Any]:
     """The figures of a run, as plain values."""
     last = result.episodes.episode_return[-result.config.solved_window :]
-    staleness = result.schedule.staleness
+    staleness, _ = result.schedule.summarize_staleness()
     return {
         "stop_reason": result.stop_reason,
         "environment_steps": result.environment_steps,
@@ -101,7 +155,7 @@ def summarize(result: a3c_jax.TrainResult) -> dict[str, Any]:
         "skipped_updates": result.skipped,
         "last_mean_return": float(last.mean()) if last.size else None,
         "best_mean_return": result.best_mean_return,
-        "mean_staleness": float(staleness.mean()) if staleness.size else None,
+        "mean_staleness": staleness / result.version if result.version else None,
     }
 
 

@@ -3,14 +3,16 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import a3c_jax
+from a3c_jax.asynchrony.signals import noted_signals
 
 
 def check_is_new(run_dir: Path | None) -> None:
@@ -39,34 +41,52 @@ def make_run_dir(name: str, wanted: Path | None) -> Path:
     raise FileExistsError(f"run_dir {run_dir} and all like it exist; give --run-dir.")
 
 
-def continue_in(run_dir: Path, wanted: Path | None, environment_steps: int) -> Path:
-    """The run folder to go on in, with its metrics cut back to the number of steps that a checkpoint has.
-
-    Raises:
-      ValueError: if another folder is wanted.
-    """
-    if wanted not in (None, run_dir):
-        raise ValueError(
-            f"run_dir must not be given with a run folder to resume, got {wanted}; resume from a "
-            "checkpoint file to go on in a new folder."
-        )
+def continue_in(run_dir: Path, environment_steps: int) -> None:
+    """Cuts the metrics of a run folder back to the number of steps that a checkpoint has, to go on from there."""
     rows = run_dir / "metrics.jsonl"
     if rows.exists():
-        kept = []
-        for line in rows.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a process that was killed
-                if json.loads(line)["environment_steps"] <= environment_steps:
-                    kept.append(line + "\n")
-        rows.write_text("".join(kept), encoding="utf-8")
+        with open(rows, "rb") as lines, writing_whole(rows) as kept:
+            kept.writelines(line for line in lines if _belongs_to(line, environment_steps))
     (run_dir / "failure.json").unlink(missing_ok=True)
-    return run_dir
+
+
+def _belongs_to(line: bytes, environment_steps: int) -> bool:
+    """Whether a line is a row of at most so many steps. The last one of a process that was killed is torn."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["environment_steps"] <= environment_steps
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return False
+
+
+@contextlib.contextmanager
+def writing_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to in the block. It is there afterwards with all of it, or as it was before."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, indented for people to read. The file is there with all of it, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Writes a value as JSON, indented for people to read. The file is there with all of it, or as it was before."""
+    with writing_whole(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file of JSON; None if there is no such file, or if it holds something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def train_in_folder(
@@ -83,6 +103,7 @@ def train_in_folder(
 
     Raises:
       WorkerError: if a worker failed. `failure.json` says why.
+      SinkError: if a sink failed.
       TrainingInterrupted: on Ctrl-C and on SIGTERM.
     """
     config = program.config
@@ -107,7 +128,10 @@ def train_in_folder(
             "pulled_version": error.pulled_version,
             "update": error.result.version,
         }
-        write_json(run_dir / "failure.json", failure)
+        try:
+            write_json(run_dir / "failure.json", failure)
+        except OSError as problem:
+            error.add_note(f"failure.json cannot be written: {problem}")
         raise
 
 
@@ -116,12 +140,16 @@ def exit_if_cut_short(run_dir: Path, resume: "a3c_jax.Checkpoint | None") -> Ite
     """Ends the process with a message on how to go on, if the training in the block does not come to its end.
 
     Raises:
-      SystemExit: on Ctrl-C with exit code 130, on SIGTERM with 143, and with 1 if a worker failed.
+      SystemExit: on Ctrl-C with exit code 130, on SIGTERM with 143, and with 1 if a worker or a sink failed.
     """
     try:
         yield
     except a3c_jax.TrainingInterrupted as interruption:
-        _end_interrupted(run_dir, interruption, resume)
+        from experiments.report import print_training
+
+        print_training(interruption.result, 0 if resume is None else resume.environment_steps)
+        print(f"run folder: {run_dir}\ngo on with: {_resume_command(run_dir)}")
+        _end_process(128 + interruption.signal)
     except a3c_jax.WorkerError as error:
         print(
             f"error: {error}\nrun folder: {run_dir}, with everything up to update "
@@ -129,18 +157,35 @@ def exit_if_cut_short(run_dir: Path, resume: "a3c_jax.Checkpoint | None") -> Ite
             file=sys.stderr,
         )
         raise SystemExit(1) from error
+    except a3c_jax.SinkError as error:
+        print(f"error: {error}\ngo on with: {_resume_command(run_dir)}", file=sys.stderr)
+        raise SystemExit(1) from error
 
 
-def _end_interrupted(run_dir: Path, interruption: Any, resume: Any) -> NoReturn:
-    from experiments.report import print_training
+@contextlib.contextmanager
+def exit_on_interruption() -> Iterator[None]:
+    """Notes Ctrl-C and SIGTERM during the block, and ends the process with exit code 130 or 143 where it is safe.
 
-    print_training(interruption.result, 0 if resume is None else resume.environment_steps)
+    `raise_noted` in the block says where that is, besides the training.
+    """
+    with noted_signals():
+        try:
+            yield
+        except KeyboardInterrupt as interruption:
+            print("interrupted", *interruption.args[1:], sep="; ", file=sys.stderr)
+            number = interruption.args[0] if interruption.args else signal.SIGINT
+            _end_process(128 + number)
+
+
+def _resume_command(run_dir: Path) -> str:
     spec = sys.modules["__main__"].__spec__
-    module = spec.name if spec is not None else "experiments.cartpole"
-    print(f"run folder: {run_dir}\ngo on with: python -m {module} --resume {run_dir}")
-    code = 128 + interruption.signal
+    return f"python -m {'experiments.cartpole' if spec is None else spec.name} --resume {run_dir}"
+
+
+def _end_process(code: int) -> NoReturn:
     if any(thread.name.startswith("a3c-worker") for thread in threading.enumerate()):
         # A second Ctrl-C: JAX must not be taken down under threads that are still inside it.
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code) from None

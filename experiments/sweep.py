@@ -25,7 +25,7 @@ import tyro
 from a3c_jax.config import A3CConfig, available_cores
 from experiments.command_line import exit_on_bad_input, parse
 from experiments.compilation_cache import CompilationCache
-from experiments.run_folder import make_run_dir, write_json
+from experiments.run_folder import make_run_dir, read_json, write_json
 from experiments.sweep_processes import Run, group_by_program, run_all
 
 EXAMPLES = ("article", "cartpole", "memory", "minatar", "pendulum", "q_learning")
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     with exit_on_bad_input():
         parsed = _parse(sys.argv[1:] if arguments is None else arguments)
         sweep_dir = _folder(parsed)
-        runs = plan(_read_json(sweep_dir / "sweep.json"), sweep_dir)
+        runs = plan(read_json(sweep_dir / "sweep.json") or {}, sweep_dir)
     workers = max(run.config.num_workers for run in runs)
     processes = parsed.processes or max(1, available_cores() // workers)
     go_on = f"go on with: python -m experiments.sweep --resume {sweep_dir}"
@@ -156,16 +156,16 @@ def _folder(parsed: Arguments) -> Path:
       OSError: if the folder to go on with holds no sweep, or if the one wanted holds something else.
     """
     if parsed.resume is not None:
-        if not (parsed.resume / "sweep.json").is_file():
+        if read_json(parsed.resume / "sweep.json") is None:
             raise FileNotFoundError(
-                f"resume must be the folder of a sweep, got {parsed.resume}, which has no sweep.json; "
+                f"resume must be the folder of a sweep, got {parsed.resume}, which has no sweep.json that can be read; "
                 "give a folder that python -m experiments.sweep has made."
             )
         return parsed.resume
     asked = {name: getattr(parsed, name) for name in ("example", "seeds", "first_seed")}
     asked = json.loads(json.dumps(asked | {"grid": dataclasses.asdict(parsed.grid)}))
     request = None if parsed.run_dir is None else parsed.run_dir / "sweep.json"
-    if request is not None and request.exists() and _read_json(request) == asked:
+    if request is not None and request.exists() and read_json(request) == asked:
         return request.parent
     _check_programs(plan(asked, Path()))
     sweep_dir = make_run_dir(f"sweep-{parsed.example.replace(':', '-')}", parsed.run_dir)
@@ -196,10 +196,6 @@ def plan(asked: Mapping[str, Any], sweep_dir: Path) -> list[Run]:
     if not runs:
         raise ValueError("each field must have at least one value, got none; leave the option out.")
     return runs
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _as_text(value: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from a3c_jax.config import A3CConfig, changes_needing_compilation
+from experiments.run_folder import read_json
 
 
 class Run(NamedTuple):
@@ -31,7 +32,7 @@ class Run(NamedTuple):
     @property
     def has_ended(self) -> bool:
         """Whether the run has come to its end."""
-        return (self.folder / "summary.json").exists()
+        return read_json(self.folder / "summary.json") is not None
 
     @property
     def has_failed(self) -> bool:
@@ -200,7 +201,7 @@ def _train(program: Any, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     else:
-        run_folder.continue_in(folder, None, checkpoint.environment_steps)
+        run_folder.continue_in(folder, checkpoint.environment_steps)
     result = run_folder.train_in_folder(
         program,
         folder,
@@ -209,7 +210,7 @@ def _train(program: Any, folder: Path) -> None:
         progress=False,
         updates_per_row=100,
     )
-    report.save_arrays(result, folder)
+    report.save_params(result, folder)
     summary = report.summarize(result) | {"seconds": result.wall_clock}
     run_folder.write_json(folder / "summary.json", summary)  # last, because it marks the end
 

@@ -1,6 +1,5 @@
 """What the runs of a sweep reached: a table, and a picture with a curve for each configuration."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from a3c_jax import EpisodeLog
+from a3c_jax import EpisodeLog, find_checkpoint
 from experiments.aggregate import aggregate
 from experiments.plotting import Panel, learning_curves
+from experiments.run_folder import read_json
 from experiments.sweep_processes import Run
 
 COLUMNS = ["configuration", "runs", "failed", "solved", "steps to solved", "return of the last 100 episodes"]  # fmt: skip
@@ -79,10 +79,9 @@ def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _steps_to_solved(run: Run) -> float:
-    summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
-    return summary["environment_steps"] if summary["stop_reason"] == "solved" else math.inf
+    summary = read_json(run.folder / "summary.json") or {}
+    return summary["environment_steps"] if summary.get("stop_reason") == "solved" else math.inf
 
 
 def _episodes(run: Run) -> EpisodeLog:
-    with np.load(run.folder / "episodes.npz") as arrays:
-        return EpisodeLog(**arrays)
+    return find_checkpoint(run.folder).episodes

@@ -3,8 +3,13 @@
 import dataclasses
 import json
 import os
+import pickle
 import re
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import chex
 import flax.linen as nn
@@ -122,7 +127,7 @@ def test_a_run_before_its_first_update_survives(tmp_path):
 def test_the_first_line_tells_a_reader_what_the_file_is(tmp_path):
     save_checkpoint(tmp_path / "a.checkpoint", make_checkpoint())
     header = json.loads((tmp_path / "a.checkpoint").read_bytes().partition(b"\n")[0])
-    assert (header["what"], header["format"]) == ("a3c_jax checkpoint", 2)
+    assert (header["what"], header["format"]) == ("a3c_jax checkpoint", 3)
     assert header["run"]["version"] == 6
     assert header["run"]["mean_return"] == 3.0  # of 1 to 5
     assert A3CConfig(**header["run"]["config"]) == small(num_workers=2)
@@ -240,11 +245,11 @@ def change_the_run(content):
 
 
 def newer(content):
-    return content.replace(b'"format": 2', b'"format": 3', 1)
+    return content.replace(b'"format": 3', b'"format": 4', 1)
 
 
 def no_format(content):
-    return content.replace(b'"format": 2', b'"format": true', 1)
+    return content.replace(b'"format": 3', b'"format": true', 1)
 
 
 DAMAGE = [
@@ -258,7 +263,7 @@ DAMAGE = [
     (lambda content: b"\x93NUMPY\x01\x00v\x00", "is no a3c_jax checkpoint"),
     (lambda content: b"[1, 2]\n", "is no a3c_jax checkpoint"),
     (lambda content: b"[" * 60_000 + b"\n", "is no a3c_jax checkpoint"),
-    (newer, r"has format 3, but this version of a3c_jax reads up to 2; use the version that wrote"),
+    (newer, r"has format 4, but this version of a3c_jax reads up to 3; use the version that wrote"),
     (no_format, "its first line is not complete"),
 ]
 
@@ -532,7 +537,7 @@ def test_another_environment_is_refused(checkpoint):
 
 def test_a_run_saves_its_start_and_its_end(tmp_path):
     result = train(small(), checkpoints=CheckpointFolder(tmp_path))
-    assert names(tmp_path) == [file_name(0), file_name(50)]
+    assert names(tmp_path) == [".lock", file_name(0), file_name(50), "episodes.bin", "schedule.bin"]
     start, end = (load_checkpoint(tmp_path / file_name(version)) for version in (0, 50))
     assert start.version == len(start.episodes.length) == 0
     assert words(start.params) != words(end.params)
@@ -562,7 +567,7 @@ class StopsAfter(StopAt):
         self.path, self.count = path, count
 
     def write(self, row, episodes):
-        if len(list(self.path.iterdir())) >= self.count:
+        if len(list(self.path.glob("*.checkpoint"))) >= self.count:
             super().write(row, episodes)
 
 
@@ -576,7 +581,7 @@ def test_every_checkpoint_of_a_run_is_one_moment_between_two_updates(
         train(
             config, checkpoints=KeepAll(tmp_path), sinks=[StopsAfter(tmp_path, 6)], interval=0.003
         )
-    result, paths = caught.value.result, sorted(tmp_path.iterdir())
+    result, paths = caught.value.result, sorted(tmp_path.glob("*.checkpoint"))
     saved = [load_checkpoint(path) for path in paths[:: max(1, len(paths) // 6)]]
     for checkpoint in saved:
         assert_exact_counters(checkpoint)
@@ -605,3 +610,144 @@ def test_the_clock_goes_on_where_it_was(tmp_path):
     new = after.episodes.seconds[len(first.episodes.seconds) :]
     assert len(new)
     assert (new > 1000.0).all()
+
+
+# The logs beside the checkpoints, and who may use a folder.
+
+
+def test_a_checkpoint_is_as_large_after_a_long_run_as_after_a_short_one(tmp_path):
+    sizes = []
+    for max_steps in (400, 16_000):
+        folder = tmp_path / str(max_steps)
+        result = train(small(max_steps=max_steps), checkpoints=CheckpointFolder(folder))
+        sizes.append((folder / file_name(result.version)).stat().st_size)
+        assert (folder / "schedule.bin").stat().st_size == 12 * result.version
+        assert (folder / "episodes.bin").stat().st_size == 32 * len(result.episodes.length)
+    assert abs(sizes[1] - sizes[0]) < 200  # a few digits more
+
+
+def test_what_a_result_holds_is_mapped_and_outlives_the_files(tmp_path):
+    folder = CheckpointFolder(tmp_path / "run")
+    result = train(small(), checkpoints=folder)
+    again = find_checkpoint(folder.path)
+    assert np.may_share_memory(*result.schedule)  # rows of a file
+    assert words(again.schedule) == words(result.schedule)
+    shutil.rmtree(folder.path)
+    assert words(again.episodes) == words(result.episodes)
+    assert words(pickle.loads(pickle.dumps(result)).schedule) == words(result.schedule)
+
+
+@pytest.mark.parametrize("name", ["schedule.bin", "episodes.bin"])
+def test_a_damaged_log_is_refused_and_left_as_it_is(tmp_path, name):
+    train(small(), checkpoints=CheckpointFolder(tmp_path))
+    content = bytearray((tmp_path / name).read_bytes())
+    content[12 * 11 + 4] ^= 1  # the 11 of row 11 becomes a 10, which is possible as well
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged: the checksum of its first"):
+        train(
+            small(max_steps=800),
+            resume=find_checkpoint(tmp_path),
+            checkpoints=CheckpointFolder(tmp_path),
+        )
+    assert (tmp_path / name).read_bytes() == content
+    with open(tmp_path / name, "r+b") as file:
+        file.truncate(len(content) - 1)
+    with pytest.raises(CheckpointError, match=rf"{name} must have .*keep or copy the folder"):
+        find_checkpoint(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"No such file.*{name}"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_schedule_that_cannot_be_is_not_restored(tmp_path):
+    train(small(), checkpoints=CheckpointFolder(tmp_path))
+    checkpoint = find_checkpoint(tmp_path)
+    for column, value in [("worker", 99), ("pulled_version", 10**6)]:
+        changed = getattr(checkpoint.schedule, column).copy()
+        changed[7] = value
+        wrong = checkpoint._replace(
+            schedule=checkpoint.schedule._replace(**{column: changed}), logs=None
+        )
+        with pytest.raises(CheckpointError, match=rf"does not fit: schedule\.{column} must"):
+            train(small(max_steps=800), resume=wrong)
+
+
+def test_a_checkpoint_without_its_folder_can_be_made_to_hold_everything(tmp_path):
+    config = small(max_steps=800)
+    train(small(), checkpoints=CheckpointFolder(tmp_path / "run"))
+    checkpoint = find_checkpoint(tmp_path / "run")
+    save_checkpoint(tmp_path / "alone", checkpoint._replace(logs=None))
+    shutil.rmtree(tmp_path / "run")
+    alone = load_checkpoint(tmp_path / "alone")
+    assert alone.logs is None
+    result = train(config, resume=alone, checkpoints=CheckpointFolder(tmp_path / "new"))
+    assert_equal_runs(result, train(config))
+    assert words(find_checkpoint(tmp_path / "new").schedule) == words(result.schedule)
+
+
+HOLDS_A_FOLDER = """
+import sys
+from a3c_jax.asynchrony.checkpoints import CheckpointFolder
+
+with CheckpointFolder(sys.argv[1]).locked():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_in_use_by_another_process_is_refused_until_that_is_gone(tmp_path):
+    train(small(), checkpoints=CheckpointFolder(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_A_FOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(a3c_jax.__file__).parent.parent)},
+    )
+    try:
+        assert other.stdout.readline() == "locked\n"
+        resume, closed = find_checkpoint(tmp_path), []
+
+        class Sink:
+            def write(self, row, episodes):
+                pass
+
+            def close(self):
+                closed.append(True)
+
+        def go_on(**options):
+            return train(
+                small(max_steps=800),
+                resume=resume,
+                checkpoints=CheckpointFolder(tmp_path),
+                **options,
+            )
+
+        with pytest.raises(
+            CheckpointError, match="must not be in use, got .*, where a run goes on"
+        ):
+            go_on(sinks=[Sink()])
+        assert closed == [True]
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    finally:
+        other.kill()  # which leaves nothing behind that locks
+        other.communicate()
+    assert_equal_runs(go_on(), train(small(max_steps=800)))
+
+
+def test_no_run_may_make_the_checkpoints_of_a_folder_useless(tmp_path):
+    train(small(), checkpoints=CheckpointFolder(tmp_path / "a"))
+    train(small(seed=9), checkpoints=CheckpointFolder(tmp_path / "b"))
+    first = load_checkpoint(tmp_path / "a" / file_name(0))
+    for resume, message in [
+        (None, "a new run's folder of checkpoints must have none, got .* with one of update 50"),
+        (first, "go on from the latest checkpoint .* got update 0, but .* has one of update 50"),
+        (find_checkpoint(tmp_path / "b"), "must not save to the folder of another run"),
+    ]:
+        config = small() if resume is None else resume.config
+        with pytest.raises(CheckpointError, match=message):
+            train(config, resume=resume, checkpoints=CheckpointFolder(tmp_path / "a"))
+    # An earlier one can be gone on from in another folder.
+    result = train(small(), resume=first, checkpoints=CheckpointFolder(tmp_path / "c"))
+    assert_equal_runs(result, train(small()))

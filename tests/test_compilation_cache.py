@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from flax import serialization
 
+from a3c_jax import find_checkpoint
 from experiments import command_line, compilation_cache
 from experiments.cartpole import DEFAULTS
 from experiments.compilation_cache import CompilationCache, default_folder
@@ -87,7 +87,7 @@ def run(tmp_path, name, *options):
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr and "warning" not in done.stderr
     params = serialization.msgpack_restore((tmp_path / name / "final.msgpack").read_bytes())
-    episodes = dict(np.load(tmp_path / name / "episodes.npz"))
+    episodes = find_checkpoint(tmp_path / name).episodes._asdict()
     del episodes["seconds"]  # of the clock
     return params, episodes
 

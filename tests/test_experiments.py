@@ -77,19 +77,22 @@ def test_cartpole_leaves_everything_in_its_run_folder(tmp_path):
         assert word in done.stderr  # the progress bar
 
     assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "metrics.jsonl", "final.msgpack", "best.msgpack", "episodes.npz"),
+        *("config.json", "metrics.jsonl", "final.msgpack", "best.msgpack"),
         *("summary.json", "learning_curve.png", "checkpoints"),
     }
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert saved == ["000000000000.checkpoint", "000000000016.checkpoint"]  # 2,000 steps of 128
+    assert saved == [
+        *(".lock", "000000000000.checkpoint", "000000000016.checkpoint"),  # 2,000 steps of 128
+        *("episodes.bin", "schedule.bin"),
+    ]
     config = a3c_jax.A3CConfig(**json.loads((folder / "config.json").read_text()))
     assert (config.seed, config.max_steps, config.solved_return) == (7, 2000, 475.0)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     assert rows[-1]["environment_steps"] == summary["environment_steps"] == 2048
     assert set(summary["seconds"]) == {"import", "setup", "compile", "train", "until_trained"}
-    episodes = np.load(folder / "episodes.npz")
-    assert len(episodes["episode_return"]) == summary["episodes"] == rows[-1]["episodes"]
+    episodes = a3c_jax.find_checkpoint(folder).episodes
+    assert len(episodes.episode_return) == summary["episodes"] == rows[-1]["episodes"]
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     network = a3c_jax.ActorCritic(num_actions=2)
     for name in ("final", "best"):

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +30,7 @@ from small_runs import (
 )
 
 import a3c_jax
-from a3c_jax import CheckpointFolder, WorkerError, find_checkpoint
+from a3c_jax import CheckpointFolder, SinkError, TrainingInterrupted, WorkerError, find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 60.0
@@ -98,12 +100,17 @@ class Throws:
 def test_a_sink_that_throws_ends_the_run_which_is_saved_all_the_same(tmp_path, at):
     sink, other = Throws(ZeroDivisionError("a sink"), at), Throws(None, -1)
     config = small(num_workers=2, max_steps=None, max_episodes=10**6)
-    with pytest.raises(ZeroDivisionError, match="a sink"):
-        train(config, checkpoints=CheckpointFolder(tmp_path), sinks=[other, sink], interval=0.01)
+    with pytest.raises(
+        SinkError, match=r"Throws\.write failed with ZeroDivisionError: a sink"
+    ) as caught:
+        train(config, checkpoints=CheckpointFolder(tmp_path), sinks=[sink, other], interval=0.01)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert (sink.closed, other.closed) == (1, 1)
+    assert other.rows == sink.rows > at, "the other did not get its rows"
     assert not live_workers()
     checkpoint = find_checkpoint(tmp_path)
-    assert checkpoint.version > 0
+    assert caught.value.result.version == checkpoint.version > 0
+    assert caught.value.result.stop_reason == "failed"
     assert_exact_counters(checkpoint)
     longer = small(num_workers=2, max_steps=8 * (checkpoint.version + 20))
     result = train(longer, resume=checkpoint)
@@ -111,8 +118,9 @@ def test_a_sink_that_throws_ends_the_run_which_is_saved_all_the_same(tmp_path, a
 
 
 def test_a_sink_that_throws_at_the_very_end_loses_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SinkError) as caught:
         train(small(), checkpoints=CheckpointFolder(tmp_path), sinks=[Throws(ZeroDivisionError())])
+    assert_equal_runs(caught.value.result, train(small()))
     checkpoint = find_checkpoint(tmp_path)
     assert checkpoint.version == 50
     assert words(train(small(), resume=checkpoint).params) == words(train(small()).params)
@@ -150,8 +158,24 @@ def test_a_broken_sink_does_not_hide_a_worker_that_raises():
         a3c_jax.train(fail_after(program(small(), WALK), 25), sinks=[sink], interval=1e6)
     assert sink.updates == [25]
     assert caught.value.result.version == 25
-    failed = "A sink failed as well: ZeroDivisionError: a"
-    assert caught.value.__notes__ == [f"{failed} row", f"{failed} close"]
+    assert caught.value.__notes__ == ["As well, Broken.write failed with ZeroDivisionError: a row"]
+
+
+def test_a_broken_sink_that_only_fails_to_close_does_not_keep_the_others_open():
+    class FailsToClose(Throws):
+        def close(self):
+            super().close()
+            raise self.error
+
+    sinks = [
+        FailsToClose(ZeroDivisionError("one"), -1),
+        FailsToClose(OSError("two"), -1),
+        Throws(None, -1),
+    ]
+    with pytest.raises(SinkError, match=r"close failed with ZeroDivisionError: one") as caught:
+        train(small(), sinks=sinks)
+    assert [sink.closed for sink in sinks] == [1, 1, 1]
+    assert_equal_runs(caught.value.result, train(small()))
 
 
 # Disks.
@@ -182,8 +206,9 @@ class Disk:
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS], ids=["ENOSPC", "EROFS"])
 def test_a_disk_that_fails_costs_a_warning_and_nothing_else(tmp_path, monkeypatch, call, number):
-    # The first save is good: one open, one replace, and two fsyncs, the folder's being the second.
-    disk = Disk(monkeypatch, call, number, first=3 if call == "fsync" else 2)
+    # The first save is good: it opens and renames two logs and a checkpoint, and syncs both logs twice, the
+    # checkpoint and the folder.
+    disk = Disk(monkeypatch, call, number, first=7 if call == "fsync" else 4)
     folder = CheckpointFolder(tmp_path, every_seconds=None, every_updates=1)
     config = small(max_steps=8_000)
     message = rf"checkpoint of update .* cannot be written .*{os.strerror(number)}.* training goes"
@@ -191,19 +216,21 @@ def test_a_disk_that_fails_costs_a_warning_and_nothing_else(tmp_path, monkeypatc
         result = train(config, checkpoints=folder, interval=0.001)
     assert len(warned) == disk.failed >= 2
     assert_equal_runs(result, train(config))
-    assert names(tmp_path) == ["000000000000.checkpoint"]
+    assert names(tmp_path) == [
+        ".lock", "000000000000.checkpoint", "episodes.bin", "schedule.bin"
+    ]  # fmt: skip
     assert find_checkpoint(tmp_path).version == 0
 
 
 def test_a_disk_that_is_full_for_a_while_is_tried_again(tmp_path, monkeypatch):
-    disk = Disk(monkeypatch, "replace", errno.ENOSPC, first=2, times=1)
+    disk = Disk(monkeypatch, "replace", errno.ENOSPC, first=4, times=1)
     folder = CheckpointFolder(tmp_path, every_seconds=None, every_updates=1)
     with pytest.warns(RuntimeWarning, match="No space left"):
         train(small(max_steps=8_000), checkpoints=folder, interval=0.001)
     assert disk.failed == 1
-    assert disk.calls >= 3
+    assert disk.calls >= 5
     assert find_checkpoint(tmp_path).version == 1_000
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_a_first_save_that_fails_does_not_keep_a_run_from_starting(tmp_path, monkeypatch):
@@ -213,25 +240,126 @@ def test_a_first_save_that_fails_does_not_keep_a_run_from_starting(tmp_path, mon
     updates = [str(w.message).split(" cannot")[0] for w in warned]
     assert updates == ["the checkpoint of update 0", "the checkpoint of update 50"]
     assert result.version == 50
-    assert names(tmp_path) == []
+    assert names(tmp_path) == [".lock"]
 
 
-def test_a_folder_that_disappears_costs_a_warning(tmp_path):
-    class Removes(Throws):
-        def write(self, row, episodes):
-            for path in tmp_path.glob("run/*"):
-                path.unlink()
-            with contextlib.suppress(FileNotFoundError):
-                (tmp_path / "run").rmdir()
+class Removes(Throws):
+    """A sink that deletes a folder at every row, or at the first few."""
 
+    def __init__(self, folder, rows=10**6):
+        super().__init__(KeyboardInterrupt(), rows)
+        self.folder = folder
+
+    def write(self, row, episodes):
+        super().write(row, episodes)
+        if self.rows < self.at:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def test_a_folder_that_disappears_is_made_again(tmp_path):
+    folder = CheckpointFolder(tmp_path / "run", every_seconds=None, every_updates=1)
+    sink, config = Removes(folder.path), small(max_steps=8_000)
+    result = train(config, checkpoints=folder, sinks=[sink], interval=0.001)
+    assert sink.rows >= 2
+    assert_equal_runs(result, train(config))
+    # It was deleted once more after the last checkpoint.
+    assert not folder.path.exists()
+
+
+def test_what_was_in_a_folder_that_disappears_is_in_the_one_made_again(tmp_path):
+    folder = CheckpointFolder(tmp_path / "run", every_seconds=None, every_updates=1)
+    sink, config = Removes(folder.path, 3), small(max_steps=8_000)
+    with pytest.raises(TrainingInterrupted) as caught:
+        train(config, checkpoints=folder, sinks=[sink], interval=0.001)
+    checkpoint = find_checkpoint(folder.path)
+    assert checkpoint.version == caught.value.result.version
+    assert words(checkpoint.schedule) == words(caught.value.result.schedule)
+    assert_equal_runs(train(config, resume=checkpoint), train(config))
+
+
+def test_a_run_folder_that_disappears_costs_warnings(tmp_path):
     with pytest.warns(RuntimeWarning, match="No such file or directory"):
         result = train(
             small(max_steps=8_000),
-            checkpoints=CheckpointFolder(tmp_path / "run"),
-            sinks=[Removes(None)],
+            checkpoints=CheckpointFolder(tmp_path / "run" / "checkpoints"),
+            sinks=[Removes(tmp_path / "run")],
             interval=0.001,
         )
     assert result.version == 1_000
+
+
+# Interruptions, wherever they come.
+
+
+@contextlib.contextmanager
+def usual_ctrl_c():
+    """A shell that starts the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Interrupts:
+    """Sends Ctrl-C the n-th time it is asked to."""
+
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+
+    def __call__(self, *_):
+        self.calls += 1
+        if self.calls == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+class InterruptedFolder(CheckpointFolder):
+    """Sends Ctrl-C while it saves for the n-th time."""
+
+    def __init__(self, path, at):
+        super().__init__(path)
+        self.interrupt = Interrupts(at)
+
+    def save(self, checkpoint):
+        self.interrupt()
+        return super().save(checkpoint)
+
+
+def interrupted(tmp_path, at=0, interval=0.5, **options):
+    with usual_ctrl_c(), pytest.raises(TrainingInterrupted) as caught:
+        train(small(), checkpoints=InterruptedFolder(tmp_path, at), interval=interval, **options)
+    assert caught.value.signal == signal.SIGINT
+    assert find_checkpoint(tmp_path).version == caught.value.result.version
+    return caught.value.result
+
+
+def test_ctrl_c_in_the_setup_gives_a_result_without_updates(tmp_path):
+    def loss(params, apply_fn, trajectory):
+        interrupt()  # when it is traced
+        return a3c_jax.losses.a3c_loss(params, apply_fn, trajectory)
+
+    interrupt = Interrupts(1)
+    with usual_ctrl_c(), pytest.raises(TrainingInterrupted) as caught:
+        a3c_jax.train(
+            small(hidden_sizes=(4,)),
+            environment=WALK,
+            loss=loss,
+            checkpoints=CheckpointFolder(tmp_path),
+        )
+    assert (caught.value.result.version, caught.value.result.stop_reason) == (0, "interrupted")
+    assert find_checkpoint(tmp_path).version == 0
+
+
+def test_ctrl_c_in_the_first_save_gives_a_result_without_updates(tmp_path):
+    result = interrupted(tmp_path, at=1)
+    assert (result.version, result.stop_reason) == (0, "interrupted")
+
+
+def test_ctrl_c_in_the_last_save_or_after_the_last_update_loses_nothing(tmp_path):
+    assert_equal_runs(interrupted(tmp_path / "a", at=2), train(small()))
+    at_the_last_row = interrupted(tmp_path / "b", on_progress=Interrupts(1), interval=1e6)
+    assert_equal_runs(at_the_last_row, train(small()))
+    assert at_the_last_row.stop_reason == "max_steps"
 
 
 # Clocks.

@@ -90,8 +90,8 @@ def test_to_skip_counts_it_and_leaves_parameters_and_optimizer_bit_for_bit(optim
     assert words(store.optimizer_state) == words(untouched.optimizer_state)
     state, _ = store.freeze(lambda: None)
     assert state.skipped == 1
-    assert state.schedule.worker.tolist() == [0, 1, 0, 1]
-    assert state.schedule.pulled_version.tolist() == [0, 1, 2, 2]
+    assert store.schedule.worker.tolist() == [0, 1, 0, 1]
+    assert store.schedule.pulled_version.tolist() == [0, 1, 2, 2]
     # The next update is the one there would have been without it.
     store.apply(with_one(2.0, "w"), 4, 0)
     untouched.apply(with_one(2.0, "w"), 3, 0)

@@ -25,8 +25,18 @@ from small_runs import (
 )
 
 import a3c_jax
-from a3c_jax import CheckpointFolder, Schedule, WorkerError, _compiled, find_checkpoint
+from a3c_jax import (
+    CheckpointFolder,
+    Schedule,
+    Snapshot,
+    WorkerError,
+    _compiled,
+    find_checkpoint,
+    fixed_delay,
+)
 from a3c_jax.asynchrony.checkpoint_files import save_checkpoint
+from a3c_jax.asynchrony.replaying import _Versions
+from a3c_jax.asynchrony.run import Run
 from experiments import replay as command
 from experiments.run_folder import train_in_folder
 
@@ -213,6 +223,109 @@ def test_on_update_sees_each_update_the_parameters_it_led_to_its_gradients_and_m
         assert {"loss", "actor_loss", "critic_loss", "entropy"} <= metrics.keys()
 
 
+# start
+
+
+def train_and_keep_all(config, folder):
+    """A run's result and all of its many checkpoints, some of which are of moments when workers played."""
+    folder = CheckpointFolder(folder, every_seconds=None, every_updates=1, keep=10**6)
+    result = train(config, checkpoints=folder, interval=0.01)
+    saved = [a3c_jax.load_checkpoint(path) for path in sorted(folder.path.glob("*.checkpoint"))]
+    return result, saved, [checkpoint for checkpoint in saved if checkpoint.in_flight]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "num_workers"),
+    [
+        ("adam", 3),
+        pytest.param("rmsprop", 5, marks=pytest.mark.slow),
+        pytest.param("momentum", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_replay_from_any_checkpoint_is_that_of_the_whole_run(tmp_path, optimizer, num_workers):
+    config = small(num_workers=num_workers, optimizer=optimizer, max_steps=16_000)
+    result, saved, in_the_middle = train_and_keep_all(config, tmp_path)
+    assert in_the_middle, "no checkpoint was saved while a worker played"
+    for checkpoint in [*in_the_middle[:: -(-len(in_the_middle) // 3)], saved[0], saved[-1]]:
+        assert_equal_runs(replay(config, result.schedule, start=checkpoint), result)
+    start, end, seen = in_the_middle[0], saved[-2], []
+    part = replay(
+        config,
+        result.schedule,
+        start=start,
+        until=end.version,
+        on_update=lambda k, *_: seen.append(k),
+    )
+    assert seen == list(range(start.version, end.version))
+    assert_equal_runs(part, replay(config, result.schedule, until=end.version))
+
+
+def test_a_start_that_the_schedule_does_not_lead_to_is_refused(tmp_path):
+    config = small(num_workers=2)
+    schedule = train(config).schedule
+    start = cut_short(config, 20, tmp_path)
+    other = Schedule(1 - schedule.worker, np.arange(len(schedule.worker)))
+    with pytest.raises(ValueError, match="start must be a checkpoint of the run whose schedule"):
+        replay(config, other, start=start)
+    with pytest.raises(ValueError, match="must not lie after the last update to replay, 10, got a"):
+        replay(config, schedule, start=start, until=10)
+    with pytest.raises(ValueError, match="params must not be given with start"):
+        a3c_jax.replay(config, schedule, start=start, params={})
+
+
+def test_a_start_without_the_parameters_that_are_needed_is_refused(tmp_path):
+    config = small(num_workers=3)
+    before = cut_short(config, 20, tmp_path)
+    worker = np.append(before.schedule.worker, [0, 1]).astype(np.int32)
+    pulled = np.append(before.schedule.pulled_version, [20, 18])
+    with pytest.raises(
+        ValueError, match="update 21 starts from the parameters of update 18, which"
+    ):
+        replay(config, Schedule(worker, pulled), start=before._replace(in_flight={}))
+
+
+def test_a_replay_keeps_only_the_parameters_that_later_updates_start_from(tmp_path):
+    class Watched(dict):
+        largest = 0
+
+        def __setitem__(self, version, params):
+            super().__setitem__(version, params)
+            Watched.largest = max(Watched.largest, len(self))
+
+    config = small(num_workers=3)
+    schedule = fixed_delay(4, 300, num_workers=3)
+    run = Run(program(config))
+    versions = _Versions(run, schedule, None)
+    versions._params = Watched(versions._params)
+    for k, _, pulled in versions.updates():
+        assert versions.take(k, pulled) == max(k - 4, 0) or k < 4
+        versions.add(Snapshot(k + 1, k + 1))
+    assert Watched.largest == 5
+    assert not versions._params
+
+
+def test_the_command_begins_at_a_checkpoint(run_replay, tmp_path):
+    config = small(num_workers=3, max_steps=16_000)
+    result, saved, in_the_middle = train_and_keep_all(config, tmp_path / "checkpoints")
+    start, end = in_the_middle[0], saved[-2]
+    path = tmp_path / "checkpoints" / f"{start.version:012d}.checkpoint"
+    code, output = run_replay(tmp_path, "--from", path, environment=WALK)
+    assert (code, output[:10]) == (0, "identical:"), output
+    code, output = run_replay(tmp_path, "--from", path, "--until", end.version, environment=WALK)
+    assert code == 0 and "identical:" in output and f"update {end.version - 1:,}, by" in output
+    code, output = run_replay(tmp_path, "--from", path, "--until", start.version, environment=WALK)
+    assert code == 2
+    assert "from must be a checkpoint before the last update" in output
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"worker": "zero"}', "\0\0"])
+def test_the_command_ignores_a_failure_that_it_cannot_understand(run_replay, tmp_path, content):
+    train(small(), checkpoints=CheckpointFolder(tmp_path / "checkpoints"))
+    (tmp_path / "failure.json").write_text(content)
+    code, output = run_replay(tmp_path, environment=WALK)
+    assert (code, "identical:" in output) == (0, True), output
+
+
 # Schedules that cannot be.
 
 
@@ -311,7 +424,7 @@ def cartpole_run(tmp_path_factory):
 
 def altered(folder, path, change):
     """A copy of a run's last checkpoint, changed and checksummed again."""
-    save_checkpoint(path, change(find_checkpoint(folder)))
+    save_checkpoint(path, change(find_checkpoint(folder))._replace(logs=None))
     return path
 
 

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from a3c_jax import find_checkpoint
 from a3c_jax.config import A3CConfig
 from experiments import sweep, sweep_processes
 from experiments.sweep_processes import group_by_program
@@ -112,12 +112,12 @@ def test_a_sweep_leaves_run_folders_a_table_and_a_picture(tmp_path, capsys):
         run = folder / "learning_rate=0.001" / f"seed{seed}"
         names = {path.name for path in run.iterdir()}
         assert names == {
-            *("config.json", "metrics.jsonl", "summary.json", "episodes.npz", "checkpoints"),
+            *("config.json", "metrics.jsonl", "summary.json", "checkpoints"),
             *("final.msgpack", "best.msgpack"),
         }
         config = json.loads((run / "config.json").read_text())
         assert (config["seed"], config["learning_rate"], config["t_max"]) == (seed, 1e-3, 4)
-        assert len(np.load(run / "episodes.npz")["episode_return"]) >= 1
+        assert len(find_checkpoint(run).episodes.episode_return) >= 1
         failed = folder / "learning_rate=1e+38" / f"seed{seed}"
         assert "finite" in json.loads((failed / "failure.json").read_text())["error"]
     assert (folder / "curves.png").stat().st_size > 10_000

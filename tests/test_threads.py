@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_parameters import is_held
 
 from a3c_jax.asynchrony.parameters import SharedParameters
 from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
@@ -134,7 +135,7 @@ def test_every_update_is_told_once_in_order_just_before_it_becomes_visible():
     store, states, told = make_store(), [0] * 4, []
 
     def on_update(update, report):
-        assert not store._lock.acquire(blocking=False), "the lock is free"
+        assert is_held(store), "the lock is free"
         params, version = store.pull()
         assert version == sum(states) == int(params)
         assert update.snapshot.version == int(update.snapshot.params) == version + 1
@@ -157,7 +158,7 @@ def test_the_states_at_any_moment_are_those_of_that_version():
 
     def look():
         state, numbers = store.freeze(lambda: list(states))
-        seen.append((state.snapshot.version, len(state.schedule.worker), sum(numbers)))
+        seen.append((state.snapshot.version, state.updates, sum(numbers)))
         if len({version for version, _, _ in seen}) == 30:
             threads.stop()
 
@@ -380,12 +381,12 @@ def test_an_error_while_an_update_is_told_is_reported_and_there_is_no_update(kin
     assert error.pulled_version <= 6
     # Another worker may make the seventh update, and fails as well.
     assert store.pull().version == sum(states) == len(store.schedule.worker) == 6
-    assert store._lock.acquire(blocking=False), "the lock must be free again"
+    assert not is_held(store), "the lock must be free again"
 
 
 def test_an_error_before_the_pull_has_no_version_and_no_report():
     class Unreachable:
-        def pull(self):
+        def pull(self, worker):
             raise Boom("no store")
 
     with pytest.raises(WorkerError, match="no store") as caught:

@@ -12,7 +12,7 @@ from probes import Probe
 from small_runs import assert_equal_runs, program, train_together
 
 import a3c_jax
-from a3c_jax import A3CConfig, SharedParameters, _compiled, round_robin
+from a3c_jax import A3CConfig, SharedParameters, SinkError, _compiled, round_robin
 from a3c_jax.environments import Transition
 
 SMALL = {"num_workers": 2, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,)}
@@ -304,7 +304,7 @@ class FailingSink:
 
 def test_a_sink_that_raises_ends_the_run_and_is_closed():
     sink = FailingSink(OSError("disk full"))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SinkError, match=r"FailingSink\.write failed with OSError: disk full"):
         a3c_jax.train(small(max_steps=10**9), sinks=[sink], interval=0.01)
     assert sink.closed
     assert not live_workers()
@@ -368,7 +368,7 @@ def test_a_sink_that_cannot_be_closed_does_not_keep_the_others_open():
             raise self.error
 
     sinks = [Stuck(OSError("first")), Stuck(OSError("second"))]
-    with pytest.raises(OSError, match="first"):
+    with pytest.raises(SinkError, match=r"Stuck\.close failed with OSError: first"):
         a3c_jax.train(small(max_steps=80), sinks=sinks)
     assert all(sink.closed for sink in sinks)
 

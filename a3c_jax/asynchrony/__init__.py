@@ -2,12 +2,14 @@
 
 | module        | what lives there                                                                     |
 |---------------|--------------------------------------------------------------------------------------|
-| `tables`      | a table that grows at the end: the schedule of updates and the log of episodes         |
+| `logs`        | rows that are only added at the end, in memory or in a file                            |
+| `records`     | what is logged: who made each update, and every episode                                |
 | `parameters`  | `SharedParameters`, the store: parameters, optimizer state and version under one lock  |
 | `signals`     | how Ctrl-C and SIGTERM end a run                                                       |
 | `turns`       | limits how many threads run at once                                                    |
 | `threads`     | `WorkerThreads`: each pulls, steps and applies, again and again                        |
 | `metrics`     | exact counters, the log of episodes, and the sinks that show them                      |
+| `json_lines`  | a sink that appends rows to a file                                                     |
 | `sinks`       | sinks for TensorBoard, Weights & Biases and trackio                                    |
 | `objects`     | what a run was given as an object, by name                                             |
 | `trees`       | a tree as arrays with names, to be saved, checked and restored                         |
@@ -16,6 +18,7 @@
 | `evaluation`  | whole episodes by a fixed policy                                                       |
 | `loading`     | `load`: what a run has learnt, ready to act                                            |
 | `program`     | `build`: what a configuration describes, compiled once and run often                   |
+| `result`      | `TrainResult`: what a run leaves behind                                                |
 | `run`         | one run of a program: what `train` and `replay` have in common                         |
 | `training`    | `train`: runs a program in worker threads                                              |
 | `replaying`   | `replay`: repeats a run in one thread, bit for bit                                     |

@@ -3,6 +3,10 @@
 A file is a line of JSON (what it is, its format, its checksum, where the run stood) followed by the arrays
 in MessagePack. It is written beside its final name, flushed to the disk, and renamed, so that a reader
 finds the old file or the new one, and never half of one.
+
+What grows with a run, its schedule and its episodes, is in two files beside the checkpoints
+(`a3c_jax.asynchrony.logs`). A checkpoint says how many of their rows belong to it, so that it costs the same
+in a run's last hour as in its first.
 """
 
 import contextlib
@@ -18,13 +22,16 @@ import numpy as np
 from flax import serialization
 
 from a3c_jax import __version__, _compiled
-from a3c_jax.asynchrony.metrics import EpisodeLog
-from a3c_jax.asynchrony.parameters import Schedule
+from a3c_jax.asynchrony.logs import StoredLog, as_columns, map_rows
+from a3c_jax.asynchrony.records import EpisodeLog, Schedule, make_episode_log, make_schedule_log
 from a3c_jax.asynchrony.trees import Named
 from a3c_jax.config import A3CConfig
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file format. Files of older formats can be read, newer ones are refused."""
+
+LOG_NAMES = {"schedule": "schedule.bin", "episodes": "episodes.bin"}
+"""The files of the logs, in the folder of the checkpoints."""
 
 _MAGIC = "a3c_jax checkpoint"
 _MAX_HEADER = 1 << 16
@@ -57,6 +64,10 @@ class Checkpoint(NamedTuple):
         existed.
       objects: what the run was given as an object, `environment`, `network`, `loss` or `optimizer`, by the name
         of its class or function (`a3c_jax.asynchrony.objects`); None in files written before this field existed.
+      in_flight: the parameters from which workers were computing gradients, by their version. Only a replay that
+        starts here needs them (`a3c_jax.replay`).
+      logs: the files in which `schedule` and `episodes` are, by these names; they are mapped, and read when
+        somebody looks at them. None if they are in memory, and are saved as part of the checkpoint.
     """
 
     config: A3CConfig
@@ -72,6 +83,8 @@ class Checkpoint(NamedTuple):
     versions: dict[str, str]
     single_kernel: bool | None = None
     objects: dict[str, str] | None = None
+    in_flight: dict[int, Named] = {}  # noqa: RUF012 (never changed)
+    logs: dict[str, StoredLog] | None = None
 
     @property
     def version(self) -> int:
@@ -104,6 +117,9 @@ def library_versions() -> dict[str, str]:
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint, all of it or nothing.
 
+    If its logs are in files, they must be in the same folder. `checkpoint._replace(logs=None)` is one that holds
+    everything itself.
+
     Raises:
       OSError: if it cannot be written. A file that was there before is still there, and whole.
     """
@@ -112,13 +128,15 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         name: getattr(checkpoint, name)
         for name in ("params", "optimizer_state", "states", "best_params")
     }
-    payload = serialization.msgpack_serialize(
-        arrays
-        | {
-            "schedule": checkpoint.schedule._asdict(),
-            "episodes": checkpoint.episodes._asdict(),
+    arrays["in_flight"] = {str(version): named for version, named in checkpoint.in_flight.items()}
+    if checkpoint.logs is None:
+        arrays |= {
+            name: {
+                k: np.ascontiguousarray(v) for k, v in getattr(checkpoint, name)._asdict().items()
+            }
+            for name in LOG_NAMES
         }
-    )
+    payload = serialization.msgpack_serialize(arrays)
     run = {
         "version": checkpoint.version,
         "mean_return": checkpoint.mean_return,
@@ -128,6 +146,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "versions": checkpoint.versions,
         "single_kernel": checkpoint.single_kernel,
         "objects": checkpoint.objects,
+        "logs": _mark_logs(checkpoint.logs),
         "config": checkpoint.config.as_dict(),
     }
     header = {"what": _MAGIC, "format": FORMAT, "sha256": _checksum(run, payload), "run": run}
@@ -176,25 +195,72 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         arrays = serialization.msgpack_restore(payload)
         optimizer_state = arrays["opt_state" if header["format"] == 1 else "optimizer_state"]
-        return Checkpoint(
+        in_flight = {int(version): named for version, named in arrays.get("in_flight", {}).items()}
+        logs = _find_logs(path, run.get("logs"))
+        schedule, episodes = _read_logs(arrays, logs)
+        checkpoint = Checkpoint(
             config=A3CConfig(**run["config"]),
             params=arrays["params"],
             optimizer_state=optimizer_state,
-            schedule=Schedule(**arrays["schedule"]),
+            schedule=schedule,
             skipped=run["skipped"],
             states=arrays["states"],
-            episodes=EpisodeLog(**arrays["episodes"]),
+            episodes=episodes,
             best_params=arrays["best_params"],
             best_mean_return=run["best_mean_return"],
             seconds=run["seconds"],
             versions=run["versions"],
             single_kernel=run.get("single_kernel"),
             objects=run.get("objects"),
+            in_flight=in_flight,
+            logs=logs,
         )
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {path} is whole but not understood: {type(error).__name__}: {error}."
         ) from error
+    if checkpoint.version != run["version"]:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: it is of update {run['version']:,}, but its schedule has "
+            f"{checkpoint.version:,} updates."
+        )
+    return checkpoint
+
+
+def _mark_logs(logs: dict[str, StoredLog] | None) -> dict[str, tuple[int, int]] | None:
+    """What a checkpoint says of its logs; None if they are in it."""
+    return None if logs is None else {name: (log.rows, log.crc32) for name, log in logs.items()}
+
+
+def _find_logs(path: str | Path, marks: Any) -> dict[str, StoredLog] | None:
+    """Where the logs of a checkpoint are; None if they are in it."""
+    if marks is None:
+        return None
+    folder = Path(path).parent
+    return {name: StoredLog(folder / LOG_NAMES[name], *marks[name]) for name in LOG_NAMES}
+
+
+def _read_logs(
+    arrays: dict[str, Any], logs: dict[str, StoredLog] | None
+) -> tuple[Schedule, EpisodeLog]:
+    """The schedule and the episodes of a checkpoint.
+
+    Raises:
+      CheckpointError: if they should be in a file that is missing or too short.
+    """
+    if logs is None:
+        return Schedule(**arrays["schedule"]), EpisodeLog(**arrays["episodes"])
+    try:
+        schedule = map_rows(logs["schedule"], make_schedule_log().dtype)
+        episodes = map_rows(logs["episodes"], make_episode_log().dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint's schedule and episodes cannot be read: {error}; they are in files beside it, so "
+            "keep or copy the folder as a whole."
+        ) from error
+    return as_columns(Schedule, schedule), as_columns(EpisodeLog, episodes)
 
 
 def read_mean_return(path: Path) -> float:

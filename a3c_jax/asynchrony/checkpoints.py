@@ -1,16 +1,22 @@
 """Checkpoints of a run: when to save one, which ones to keep, and which one to go on from."""
 
+import contextlib
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from a3c_jax.asynchrony.checkpoint_files import (
+    LOG_NAMES,
     Checkpoint,
     CheckpointError,
     load_checkpoint,
     read_mean_return,
     save_checkpoint,
 )
+from a3c_jax.asynchrony.logs import Log, StoredLog
 from a3c_jax.asynchrony.trees import restore_from_vector, restore_leaves
 from a3c_jax.config import A3CConfig
 
@@ -88,6 +94,8 @@ def restore_tree(what: str, saved: Any, like: Any) -> Any:
 class CheckpointFolder:
     """Saves a run now and then; keeps the last few checkpoints and the best one.
 
+    The run's schedule and episodes are in two files beside the checkpoints, which only grow.
+
     Args:
       path: the folder. It is made if it does not exist.
       every_seconds: save when so many seconds have passed; None does not look at the time.
@@ -116,6 +124,59 @@ class CheckpointFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._every_seconds, self._every_updates, self._keep = every_seconds, every_updates, keep
         self._saved_at, self._saved_version = time.monotonic(), 0
+        self._logs: Mapping[str, Log[Any]] = {}
+        self._earlier: Mapping[str, StoredLog] | None = None
+        self._file_lock = filelock.FileLock(self.path / ".lock")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes, and other runs of this one, out of the folder during the block.
+
+        The system lifts the lock when the process ends, however it ends.
+
+        Raises:
+          CheckpointError: if somebody else is in it.
+        """
+        try:
+            self._file_lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise CheckpointError(
+                f"the folder of checkpoints must not be in use, got {self.path}, where a run goes on; wait for its end, "
+                "or resume from a checkpoint file in another folder."
+            ) from None
+        except OSError:
+            pass  # where nothing can be written, nothing can be overwritten
+        try:
+            yield
+        finally:
+            self._file_lock.release()
+
+    @contextlib.contextmanager
+    def keeping(self, logs: Mapping[str, Log[Any]], resume: Checkpoint | None) -> Iterator[None]:
+        """Keeps the logs of a run in files in this folder during the block, and everybody else out.
+
+        Args:
+          logs: `schedule` and `episodes`, restored from the checkpoint if there is one.
+          resume: the checkpoint that the run goes on from, if any.
+
+        Raises:
+          CheckpointError: if somebody else is in the folder, if it has checkpoints of another run or later ones
+            than this one, or if what the checkpoint's logs held has changed.
+        """
+        with self.locked():
+            self._check_nothing_is_lost(resume)
+            self._logs = logs
+            self._earlier = None if resume is None else resume.logs
+            try:
+                with contextlib.suppress(
+                    OSError
+                ):  # tried again, with a warning, when a checkpoint is saved
+                    self._open_logs()
+                yield
+            finally:
+                self._logs = {}
+                for log in logs.values():
+                    log.close()
 
     def due(self, version: int) -> bool:
         """Whether it is time to save."""
@@ -136,8 +197,49 @@ class CheckpointFolder:
         self._remove_old()
         return path
 
+    def make_again(self) -> None:
+        """Makes the folder and the logs in it again if somebody has deleted them, but not the folder it is in.
+
+        Raises:
+          OSError: if that fails.
+        """
+        self.path.mkdir(exist_ok=True)
+        self._open_logs()
+        for log in self._logs.values():
+            log.make_again()
+
+    def _open_logs(self) -> None:
+        """Lets the logs keep their rows in files, if they do not yet."""
+        for name, log in self._logs.items():
+            earlier = None if self._earlier is None else self._earlier[name]
+            try:
+                log.keep_in(self.path / LOG_NAMES[name], earlier)
+            except ValueError as error:
+                raise CheckpointError(f"the checkpoint cannot be used: {error}") from error
+
+    def _check_nothing_is_lost(self, resume: Checkpoint | None) -> None:
+        """Refuses a folder whose checkpoints would be of no use once the logs are this run's."""
+        stems = [file.name.removesuffix(_SUFFIX) for file in _files(self.path)]
+        last = max((int(stem) for stem in stems if stem.isdecimal()), default=None)
+        if last is None:
+            return
+        if resume is None:
+            raise CheckpointError(
+                f"a new run's folder of checkpoints must have none, got {self.path} with one of update {last:,}; "
+                "give another folder, or resume the run."
+            )
+        if last > resume.version:
+            raise CheckpointError(
+                "a run must go on from the latest checkpoint of the folder that it saves to, got update "
+                f"{resume.version:,}, but {self.path} has one of update {last:,}; give another folder."
+            )
+        if resume.logs is not None and not resume.logs["schedule"].path.parent.samefile(self.path):
+            raise CheckpointError(
+                f"a run must not save to the folder of another run, got {self.path}; give another folder."
+            )
+
     def _remove_old(self) -> None:
-        for partial in self.path.glob(f".*{_SUFFIX}.*.partial"):  # of a process that was killed
+        for partial in self.path.glob(".*.partial"):  # of a process that was killed
             partial.unlink(missing_ok=True)
         files = _files(self.path)
         means = [read_mean_return(file) for file in files]

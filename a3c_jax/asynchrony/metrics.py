@@ -1,36 +1,16 @@
 """What a run reports: exact counters, the log of every episode, and the sinks that show them."""
 
-import json
 import time
 from collections import deque
-from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from a3c_jax.asynchrony.parameters import Update
-from a3c_jax.asynchrony.tables import Table
+from a3c_jax.asynchrony.records import EpisodeLog, make_episode_log
 
 Row = dict[str, float]
-
-
-class EpisodeLog(NamedTuple):
-    """Every episode that ended during a run, in the order of the updates that reported them.
-
-    Attributes:
-      worker: who played it, `[E]` int32.
-      episode_return: the undiscounted sum of the environment's own rewards, `[E]` float64.
-      length: its number of steps, `[E]` int32.
-      environment_steps: steps of all workers together when it was reported, `[E]` int64.
-      seconds: since the threads started, `[E]` float64.
-    """
-
-    worker: np.ndarray
-    episode_return: np.ndarray
-    length: np.ndarray
-    environment_steps: np.ndarray
-    seconds: np.ndarray
 
 
 class Totals(NamedTuple):
@@ -51,16 +31,37 @@ class Totals(NamedTuple):
     max_staleness: int = 0
 
 
+class Moment(NamedTuple):
+    """What a row shows, all of it as of one update.
+
+    Attributes:
+      time: when it was, in seconds of `time.perf_counter`.
+      totals: the counters.
+      mean_return: the mean return of the last episodes; NaN if there are none.
+      report: what the segment of the last update reported; None if there is none.
+    """
+
+    time: float
+    totals: Totals
+    mean_return: float
+    report: Any
+
+
 class Counters:
     """The exact totals of a run, and its episodes.
 
     Updates are counted under the store's lock, so that the totals belong to the same moment as the
-    parameters. They are replaced as a whole, so that a row read from another thread is consistent.
+    parameters.
 
     Args:
       steps_per_update: environment steps that each update reports.
       window: number of episodes in the running mean.
-      updates_per_row: if given, a row is made after every so many updates, to be taken with `take_rows`.
+      updates_per_row: if given, a row is made after every so many updates, to be taken with `take_moments`.
+
+    Attributes:
+      totals: the counters.
+      mean_return: the mean return of the last `window` episodes; None before there are so many.
+      log: every episode that ended.
 
     Raises:
       ValueError: if `updates_per_row` is less than 1.
@@ -74,17 +75,17 @@ class Counters:
                 f"updates_per_row must be >= 1, got {updates_per_row}; use None for rows by seconds."
             )
         self._updates_per_row = updates_per_row
-        self._rows: deque[tuple[Row, EpisodeLog]] = deque()
+        self._moments: deque[Moment] = deque()
         self.totals = Totals()
         self.mean_return: float | None = None
-        """Mean return of the last `window` episodes; None before there are so many."""
+        self.log = make_episode_log()
         self._steps_per_update = steps_per_update
         self._recent: deque[float] = deque(maxlen=window)
+        self._mean_of_recent = float("nan")
         self._last_report: Any = None
         self._started = time.perf_counter()
         self._last_row = (self._started, self.totals)
-        self._num_written = 0
-        self._log = Table(EpisodeLog, np.int32, np.float64, np.int32, np.int64, np.float64)
+        self._last_taken: Totals | None = None
 
     def start_clock(self, seconds: float = 0.0) -> None:
         """Sets the clock to `seconds`."""
@@ -97,30 +98,22 @@ class Counters:
         """Seconds on the clock."""
         return time.perf_counter() - self._started
 
-    def restore(self, updates: int, staleness: np.ndarray, log: EpisodeLog, seconds: float) -> None:
+    def restore(self, totals: Totals, episodes: EpisodeLog | np.ndarray, seconds: float) -> None:
         """Goes on from an earlier run.
 
         Args:
-          updates: how many updates it made.
-          staleness: of each of them, `[updates]`.
-          log: its episodes.
+          totals: its counters.
+          episodes: its episodes.
           seconds: what its clock showed.
         """
-        self.totals = Totals(
-            updates,
-            updates * self._steps_per_update,
-            len(log.worker),
-            int(staleness.sum()),
-            int(staleness.max(initial=0)),
-        )
-        self._num_written = self.totals.episodes
-        self._log.extend(self.totals.episodes, *log)
-        self._recent.extend(log.episode_return[-(self._recent.maxlen or 0) :].tolist())
-        self._update_mean_return()
+        self.totals = totals
+        self.log.restore(episodes)
+        returns = self.log.read(max(0, totals.episodes - (self._recent.maxlen or 0))).episode_return
+        self._add_returns(returns.tolist())
         self.start_clock(seconds)
 
     def count(self, update: Update, report: Any) -> None:
-        """Counts one update and the episodes that ended in its segment.
+        """Counts one update and the episodes that ended in its segment. If it raises, nothing is counted.
 
         Args:
           update: the update.
@@ -128,35 +121,60 @@ class Counters:
         """
         before = self.totals
         num_episodes = int(report.num_episodes)
-        self.totals = Totals(
+        totals = Totals(
             before.updates + 1,
             before.environment_steps + self._steps_per_update,
             before.episodes + num_episodes,
             before.staleness + update.staleness,
             max(before.max_staleness, update.staleness),
         )
-        self._last_report = report
         if num_episodes:
-            self._log_episodes(update.worker, report.episodes)
-        if self._updates_per_row is not None and not self.totals.updates % self._updates_per_row:
-            self._rows.append((self.row(), self.new_episodes()))
+            returns, lengths = report.episodes
+            steps, seconds = totals.environment_steps, self.seconds
+            self.log.extend(len(returns), update.worker, returns, lengths, steps, seconds)
+            self._add_returns(returns.tolist())
+        self.totals, self._last_report = totals, report
+        if self._updates_per_row is not None and not totals.updates % self._updates_per_row:
+            self._moments.append(self.moment())
 
-    def _log_episodes(self, worker: int, episodes: Any) -> None:
-        returns, lengths = episodes
-        steps, seconds = self.totals.environment_steps, self.seconds
-        self._log.extend(len(returns), worker, returns, lengths, steps, seconds)
-        self._recent.extend(returns.tolist())
-        self._update_mean_return()
-
-    def _update_mean_return(self) -> None:
+    def _add_returns(self, returns: list[float]) -> None:
+        self._recent.extend(returns)
+        if self._recent:
+            self._mean_of_recent = sum(self._recent) / len(self._recent)
         if len(self._recent) == self._recent.maxlen:
-            self.mean_return = sum(self._recent) / len(self._recent)
+            self.mean_return = self._mean_of_recent
 
-    def row(self) -> Row:
-        """The totals so far and the rates since the last call, as one row for the sinks."""
-        now, totals, report = time.perf_counter(), self.totals, self._last_report
+    def moment(self) -> Moment:
+        """What a row of now shows."""
+        return Moment(time.perf_counter(), self.totals, self._mean_of_recent, self._last_report)
+
+    def take_moments(self, *, last: bool = False) -> list[Moment]:
+        """What the rows to send now show. Call it between two updates (`SharedParameters.atomically`).
+
+        Args:
+          last: whether the run has ended, so that there has to be a row of its last update, and only one.
+        """
+        moments = list(self._moments)
+        self._moments.clear()
+        shown = moments[-1].totals if moments else self._last_taken
+        if shown != self.totals if last else self._updates_per_row is None:
+            moments.append(self.moment())
+        self._last_taken = moments[-1].totals if moments else self._last_taken
+        self.log.seal()
+        return moments
+
+    def make_rows(self, moments: list[Moment]) -> list[tuple[Row, EpisodeLog]]:
+        """The rows of these moments, each with the episodes since the one before it."""
+        rows = []
+        for moment in moments:
+            begin, end = self._last_row[1].episodes, moment.totals.episodes
+            rows.append((self._make_row(moment), self.log.read(begin, end)))
+        return rows
+
+    def _make_row(self, moment: Moment) -> Row:
+        """The totals so far and the rates since the last row."""
+        now, totals, mean_return, report = moment
         (then, before), self._last_row = self._last_row, (now, totals)
-        recent = self._recent.copy()  # in one go, because another thread may append
         updates = totals.updates - before.updates
         steps = totals.environment_steps - before.environment_steps
         row = {
@@ -165,32 +183,11 @@ class Counters:
             "episodes": totals.episodes,
             "updates": totals.updates,
             "steps_per_second": steps / max(now - then, 1e-9),
-            "mean_return": sum(recent) / len(recent) if recent else float("nan"),
+            "mean_return": mean_return,
             "staleness": (totals.staleness - before.staleness) / max(updates, 1),
             "max_staleness": totals.max_staleness,
         }
         return row | ({} if report is None else segment_metrics(report))
-
-    def take_rows(self, *, last: bool = False) -> list[tuple[Row, EpisodeLog]]:
-        """The rows to send now, each with the episodes since the one before it.
-
-        Args:
-          last: whether the run has ended, so that there has to be a row of its last update.
-        """
-        rows = [self._rows.popleft() for _ in range(len(self._rows))]
-        if self._updates_per_row is None or (last and self._last_row[1] != self.totals):
-            rows.append((self.row(), self.new_episodes()))
-        return rows
-
-    def new_episodes(self) -> EpisodeLog:
-        """The episodes since the last call."""
-        episodes = self._log.rows(self._num_written)
-        self._num_written += len(episodes.worker)
-        return episodes
-
-    def log(self) -> EpisodeLog:
-        """The log of episodes so far."""
-        return self._log.rows()
 
 
 def segment_metrics(report: Any) -> dict[str, float]:
@@ -229,7 +226,7 @@ class Report:
 
 
 class Sink(Protocol):
-    """Somewhere to send rows to. `train` calls a sink from one thread only."""
+    """Somewhere to send rows to. `train` calls a sink from one thread only. If it raises, the run ends."""
 
     def write(self, row: Row, episodes: EpisodeLog) -> None:
         """Takes the totals so far and the episodes since the last call.
@@ -241,25 +238,6 @@ class Sink(Protocol):
     def close(self) -> None:
         """Called once, however the run ended."""
         ...
-
-
-class JsonLines:
-    """Appends each row to a file as one JSON object a line; NaN and infinity become null.
-
-    Args:
-      path: the file. It is made if it does not exist.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-
-    def write(self, row: Row, episodes: EpisodeLog) -> None:
-        values = {k: v if np.isfinite(v) else None for k, v in row.items()}
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class ProgressBar:

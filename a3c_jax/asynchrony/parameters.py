@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from a3c_jax import _compiled
-from a3c_jax.asynchrony.tables import Table
+from a3c_jax.asynchrony.records import Schedule, make_schedule_log
 from a3c_jax.optimizers import OptimizerState, Updater, make_updater
 
 T = TypeVar("T")
@@ -27,63 +27,22 @@ class Snapshot(NamedTuple):
     version: int
 
 
-class Schedule(NamedTuple):
-    """Which worker made each update, and from which version: row k led from version k to version k + 1.
-
-    Attributes:
-      worker: `[updates]` int32.
-      pulled_version: `[updates]` int64. The staleness of update k is k minus this.
-    """
-
-    worker: np.ndarray
-    pulled_version: np.ndarray
-
-    @property
-    def staleness(self) -> np.ndarray:
-        """How many updates others applied between each update's pull and its apply, `[updates]` int64."""
-        return np.arange(len(self.worker)) - self.pulled_version
-
-    def check(self, num_workers: int) -> None:
-        """Checks that `num_workers` workers can have made these updates.
-
-        Raises:
-          ValueError: if the columns differ in length, or if a row names a worker or a version that
-            cannot exist.
-        """
-        worker, pulled = np.asarray(self.worker), np.asarray(self.pulled_version)
-        if worker.ndim != 1 or worker.shape != pulled.shape:
-            raise ValueError(
-                f"a schedule must be two vectors of equal length, got {worker.shape} and {pulled.shape}; "
-                "give a worker and a version for each update."
-            )
-        if not worker.size:
-            return
-        if worker.min() < 0 or worker.max() >= num_workers:
-            raise ValueError(
-                f"schedule.worker must lie in [0, {num_workers - 1}], got {worker.min()} to "
-                f"{worker.max()}; give the num_workers of the run that made it."
-            )
-        if pulled.min() < 0 or np.any(pulled > np.arange(len(pulled))):
-            raise ValueError(
-                "schedule.pulled_version must name a version that exists when the update is made: at least 0, "
-                "and at most k in row k; give the schedule from the run's first update on."
-            )
-
-
 class StoreState(NamedTuple):
-    """Everything that a store holds at one moment between two updates.
+    """What a store holds at one moment between two updates, besides its schedule.
 
     Attributes:
       snapshot: the parameters and their version.
       optimizer_state: the optimizer's state.
-      schedule: the updates so far, as many as the version says.
-      skipped: how many of them were not finite and changed nothing.
+      skipped: how many updates were not finite and changed nothing.
+      in_flight: the snapshots from which workers are computing gradients, by worker.
+      updates: how many rows of the schedule belong to it.
     """
 
     snapshot: Snapshot
     optimizer_state: Any
-    schedule: Schedule
     skipped: int
+    in_flight: dict[int, Snapshot]
+    updates: int
 
 
 class Update(NamedTuple):
@@ -146,9 +105,10 @@ class Applying:
         store = self._store
         try:
             if kind is None:
-                store._schedule.append(self._worker, self._pulled_version)
+                store.log.append(self._worker, self._pulled_version)
                 store._skipped += not self._finite
                 store._current = self._new
+                store._in_flight.pop(self._worker, None)
         finally:
             store._lock.release()
 
@@ -174,6 +134,9 @@ class SharedParameters:
       num_workers: how many workers there are; None accepts any number.
       skip_nonfinite: what to do with an update that is not finite. False refuses it with an error. True
         counts it in the version and the schedule, and leaves the parameters as they are.
+
+    Attributes:
+      log: who made each update, and from which version.
     """
 
     def __init__(
@@ -191,14 +154,26 @@ class SharedParameters:
         self._num_workers = num_workers
         self._skip_nonfinite = skip_nonfinite
         self._skipped = 0
-        self._schedule = Table(Schedule, np.int32, np.int64)
-        self._lock = threading.Lock()
+        self.log = make_schedule_log()
+        self._in_flight: dict[int, Snapshot] = {}
+        self._lock = threading.RLock()
         # One tuple, replaced as a whole, so that it can be read without the lock.
         self._current: tuple[Snapshot, Any] = (Snapshot(params, 0), optimizer.init(params))
 
-    def pull(self) -> Snapshot:
-        """The current parameters and their version, consistent with each other. Needs no lock."""
-        return self._current[0]
+    def pull(self, worker: int | None = None) -> Snapshot:
+        """The current parameters and their version, consistent with each other. Needs no lock.
+
+        Args:
+          worker: who pulls. If it is given, the store remembers what this worker has pulled until it applies its
+            gradients, so that a checkpoint in between can hold it.
+        """
+        snapshot = self._current[0]
+        while worker is not None:
+            self._in_flight[worker] = snapshot
+            if snapshot is self._current[0]:
+                break  # noted before the next update, so that whoever looks after it sees the note
+            snapshot = self._current[0]
+        return snapshot
 
     def apply(self, gradients: Any, pulled_version: int, worker: int = 0) -> int:
         """Moves the parameters along one worker's gradients; see `applying`.
@@ -245,19 +220,34 @@ class SharedParameters:
     @property
     def schedule(self) -> Schedule:
         """The schedule of updates so far."""
-        return self._schedule.rows()
+        return self.log.read(0, self.atomically(self.log.seal))
+
+    def atomically(self, read: Callable[[], T]) -> T:
+        """What `read()` returns, called between two updates. Others wait meanwhile, so it must not take long."""
+        with self._lock:
+            return read()
 
     def freeze(self, read: Callable[[], T]) -> tuple[StoreState, T]:
         """The store's state, and what `read()` returns, as of the same moment between two updates."""
-        with self._lock:
-            return StoreState(*self._current, self._schedule.rows(), self._skipped), read()
 
-    def restore(self, state: StoreState) -> None:
-        """Goes on from a state that `freeze` gave. Call it before any thread uses the store."""
-        snapshot, optimizer_state, schedule, self._skipped = state
-        self._current = (snapshot, optimizer_state)
-        self._schedule = Table(Schedule, np.int32, np.int64)
-        self._schedule.extend(len(schedule.worker), *schedule)
+        def freeze() -> tuple[StoreState, T]:
+            (snapshot, optimizer_state), in_flight = self._current, self._in_flight.copy()
+            updates = self.log.seal()
+            state = StoreState(snapshot, optimizer_state, self._skipped, in_flight, updates)
+            return state, read()
+
+        return self.atomically(freeze)
+
+    def restore(self, state: StoreState, schedule: Schedule | np.ndarray) -> None:
+        """Goes on from a state that `freeze` gave. Call it before any thread uses the store.
+
+        Args:
+          state: the state. What was in flight is not restored: workers begin anew.
+          schedule: the updates until then.
+        """
+        self.log.restore(schedule)
+        self._current = (state.snapshot, state.optimizer_state)
+        self._skipped = state.skipped
 
     def _move(
         self, gradients: Any, basis: tuple[Snapshot, Any], worker: int

@@ -1,76 +1,30 @@
 """One run of a program: what `train` with its threads and `replay` with its loop have in common."""
 
 import time
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint, CheckpointError, library_versions
 from a3c_jax.asynchrony.checkpoints import check_same_run, restore_tree
-from a3c_jax.asynchrony.metrics import Counters, EpisodeLog, segment_metrics
+from a3c_jax.asynchrony.logs import Log, map_rows
+from a3c_jax.asynchrony.metrics import Counters, Row, Totals, segment_metrics
 from a3c_jax.asynchrony.objects import check_objects
 from a3c_jax.asynchrony.parameters import (
     NonFiniteError,
-    Schedule,
     SharedParameters,
     Snapshot,
     StoreState,
     Update,
 )
 from a3c_jax.asynchrony.program import Program
+from a3c_jax.asynchrony.records import EpisodeLog
+from a3c_jax.asynchrony.result import TrainResult
 from a3c_jax.asynchrony.threads import WorkerError
 from a3c_jax.asynchrony.trees import name_leaves, restore_leaves
-from a3c_jax.config import A3CConfig
-from a3c_jax.environments import Environment
 
 T = TypeVar("T")
-
-
-class TrainResult(NamedTuple):
-    """What a run leaves behind.
-
-    Attributes:
-      config: its configuration.
-      environment: what was played, for evaluation for instance.
-      network: the network; `network.apply(params, observation)` gives a distribution and values.
-      params: the final parameters, Flax variables.
-      best_params: those at the highest mean return of the last `config.solved_window` episodes; the
-        final ones if fewer episodes ended.
-      best_mean_return: that mean, or None.
-      opt_state: the optimizer's state, as optax keeps it.
-      version: number of updates.
-      environment_steps: number of environment steps, all workers together.
-      overshoot: how many of them were beyond `config.max_steps`: less than one segment.
-      episodes: every episode that ended.
-      schedule: which worker made each update, from which version: what `replay` needs.
-      skipped: how many updates were not finite, and skipped (`config.nonfinite`).
-      stop_reason: `solved`, `max_steps`, `max_episodes`, `interrupted`, `failed` or `replayed`.
-      wall_clock: seconds spent on `setup`, `compile` and `train`. The first two are those of building the
-        program, which several runs may share.
-      evaluation_key: a random key for evaluation, which no worker has used.
-      single_kernel: whether the worker step was compiled into a single kernel, which a replay in another
-        process has to do as well.
-    """
-
-    config: A3CConfig
-    environment: Environment
-    network: Any
-    params: Any
-    best_params: Any
-    best_mean_return: float | None
-    opt_state: Any
-    version: int
-    environment_steps: int
-    overshoot: int
-    episodes: EpisodeLog
-    schedule: Schedule
-    skipped: int
-    stop_reason: str
-    wall_clock: dict[str, float]
-    evaluation_key: jax.Array
-    single_kernel: bool
 
 
 class Run:
@@ -85,6 +39,7 @@ class Run:
       store: the shared parameters.
       states: each worker's state as of its last update.
       counters: the totals.
+      logs: what grows with the run: its `schedule` and its `episodes`.
       stop_reason: why the run ended, or None while it may go on.
     """
 
@@ -103,6 +58,7 @@ class Run:
             skip_nonfinite=config.nonfinite == "skip",
         )
         self.counters = Counters(config.steps_per_update, config.solved_window, updates_per_row)
+        self.logs: dict[str, Log[Any]] = {"schedule": self.store.log, "episodes": self.counters.log}
         self.stop_reason: str | None = None
         self._best: tuple[float | None, Any] = (None, initial)
         self._seconds_before = 0.0
@@ -145,11 +101,38 @@ class Run:
         if config.max_episodes is not None and episodes >= config.max_episodes:
             self.stop_reason = self.stop_reason or "max_episodes"
 
+    def take_rows(self, *, last: bool = False) -> list[tuple[Row, EpisodeLog]]:
+        """The rows of metrics to show now, each of one moment, with the episodes since the one before it.
+
+        Args:
+          last: whether the run has ended.
+        """
+        moments = self.store.atomically(lambda: self.counters.take_moments(last=last))
+        return self.counters.make_rows(moments)
+
+    def flush(self) -> None:
+        """Writes the logs to their files, if they are kept in files.
+
+        Raises:
+          OSError: if they cannot be written. Their rows wait in memory then.
+        """
+        for log in self.logs.values():
+            log.flush()
+
+    def stop(self, stop_reason: str) -> None:
+        """Stops the clock."""
+        self._seconds_of_training = time.perf_counter() - self._clock
+        self.stop_reason = stop_reason
+
     def finish(self, stop_reason: str) -> TrainResult:
         """Stops the clock and returns the result."""
-        seconds_of_training = time.perf_counter() - self._clock
-        self.stop_reason = stop_reason
-        state, _ = self.store.freeze(lambda: None)
+        self.stop(stop_reason)
+        return self.result()
+
+    def result(self) -> TrainResult:
+        """The result of a run that was stopped."""
+        assert self.stop_reason is not None
+        state, episodes = self.store.freeze(self.counters.log.seal)
         params, version = state.snapshot
         best_mean_return, best_params = self._best
         config, totals = self.program.config, self.counters.totals
@@ -166,14 +149,14 @@ class Run:
             version=version,
             environment_steps=totals.environment_steps,
             overshoot=0 if limit is None else max(0, totals.environment_steps - limit),
-            episodes=self.counters.log(),
-            schedule=state.schedule,
+            episodes=self.counters.log.read(0, episodes),
+            schedule=self.store.log.read(0, state.updates),
             skipped=state.skipped,
-            stop_reason=stop_reason,
+            stop_reason=self.stop_reason,
             wall_clock={
                 "setup": seconds["setup"] + self._setup,
                 "compile": seconds["compile"],
-                "train": seconds_of_training,
+                "train": self._seconds_of_training,
             },
             evaluation_key=self.program.evaluation_key(),
             single_kernel=self.program.single_kernel,
@@ -187,26 +170,50 @@ class Run:
             error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
 
     def checkpoint(self) -> Checkpoint:
-        """The whole run as of one moment between two updates."""
+        """The whole run as of one moment between two updates.
+
+        If the logs are kept in files, the rows until then are written to them first.
+
+        Raises:
+          OSError: if they cannot be written.
+        """
+        # Only references are taken while the workers wait.
         state, (states, episodes, best, seconds) = self.store.freeze(
-            lambda: (list(self.states), self.counters.log(), self._best, self.counters.seconds)
+            lambda: (
+                self.states.copy(),
+                self.counters.log.seal(),
+                self._best,
+                self.counters.seconds,
+            )
         )
+        ends = {"schedule": state.updates, "episodes": episodes}
+        logs = {
+            name: stored
+            for name, log in self.logs.items()
+            if (stored := log.flush(ends[name], to_disk=True)) is not None
+        }
         named = [name_leaves(_compiled.unpack(s)) for s in states]
         params = name_leaves(_compiled.unpack(state.snapshot.params))
         return Checkpoint(
             config=self.program.config,
             params=params,
             optimizer_state=name_leaves(_compiled.unpack(state.optimizer_state)),
-            schedule=state.schedule,
+            schedule=self.store.log.read(0, state.updates),
             skipped=state.skipped,
             states={name: np.stack([s[name] for s in named]) for name in named[0]},
-            episodes=episodes,
+            episodes=self.counters.log.read(0, episodes),
             best_params=params if best[0] is None else name_leaves(_compiled.unpack(best[1])),
             best_mean_return=best[0],
             seconds=seconds,
             versions=library_versions(),
             single_kernel=self.program.single_kernel,
             objects=self.program.objects,
+            in_flight={
+                snapshot.version: name_leaves(_compiled.unpack(snapshot.params))
+                for snapshot in state.in_flight.values()
+                if snapshot.version < state.updates
+            },
+            logs=logs or None,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -231,23 +238,36 @@ class Run:
                 _by_worker(checkpoint.states, len(self.states)), self.states, strict=True
             )
         ]
-        self.store.restore(
-            StoreState(
-                Snapshot(params, checkpoint.version),
-                optimizer_state,
-                checkpoint.schedule,
-                checkpoint.skipped,
-            )
+        try:
+            checkpoint.schedule.check(len(self.states))
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint does not fit: {error}") from None
+        state = StoreState(
+            Snapshot(params, checkpoint.version),
+            optimizer_state,
+            checkpoint.skipped,
+            in_flight={},
+            updates=checkpoint.version,
         )
-        self._seconds_before = checkpoint.seconds
-        self.counters.restore(
+        self.store.restore(state, _stored_rows(checkpoint, "schedule", self.store.log))
+        totals = Totals(
             checkpoint.version,
-            checkpoint.schedule.staleness,
-            checkpoint.episodes,
-            checkpoint.seconds,
+            checkpoint.environment_steps,
+            len(checkpoint.episodes.worker),
+            *checkpoint.schedule.summarize_staleness(),
         )
+        episodes = _stored_rows(checkpoint, "episodes", self.counters.log)
+        self.counters.restore(totals, episodes, checkpoint.seconds)
+        self._seconds_before = checkpoint.seconds
         self._best = (checkpoint.best_mean_return, best_params)
         self._judge(params)
+
+
+def _stored_rows(checkpoint: Checkpoint, name: str, log: Log[Any]) -> Any:
+    """A log of a checkpoint: mapped, if it is in a file, and as columns otherwise."""
+    if checkpoint.logs is None:
+        return getattr(checkpoint, name)
+    return map_rows(checkpoint.logs[name], log.dtype)
 
 
 def _by_worker(states: Any, num_workers: int) -> list[Any]:

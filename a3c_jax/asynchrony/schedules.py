@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from a3c_jax.asynchrony.parameters import Schedule
+from a3c_jax.asynchrony.records import Schedule
 
 
 def round_robin(num_workers: int, num_updates: int) -> Schedule:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from a3c_jax.asynchrony.parameters import Schedule
+from a3c_jax.asynchrony.records import Schedule
 from a3c_jax.asynchrony.schedules import check_int
 from a3c_jax.blueprint import Parts, check_parts, describe
 from a3c_jax.config import A3CConfig

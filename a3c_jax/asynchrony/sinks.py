@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from a3c_jax.asynchrony.metrics import EpisodeLog, Row
+from a3c_jax.asynchrony.metrics import Row
+from a3c_jax.asynchrony.records import EpisodeLog
 
 
 class TensorBoard:

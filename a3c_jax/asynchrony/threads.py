@@ -120,6 +120,8 @@ class WorkerThreads:
         ]
         started = []
         with noted_signals() as noted:
+            if noted:
+                raise KeyboardInterrupt(noted[0])
             try:
                 for thread in threads:
                     thread.start()
@@ -148,7 +150,7 @@ class WorkerThreads:
         try:
             while self._may_begin():
                 version, report = None, None
-                params, version = self._store.pull()
+                params, version = self._store.pull(worker)
                 gradients, state, report = self._step(params, self._states[worker])
                 if self._read_report is not None:
                     report = self._read_report(report)

@@ -9,7 +9,10 @@ from a3c_jax.asynchrony.checkpoint_files import Checkpoint
 from a3c_jax.asynchrony.checkpoints import CheckpointFolder
 from a3c_jax.asynchrony.metrics import Report, Row, Sink
 from a3c_jax.asynchrony.program import Program, as_program
-from a3c_jax.asynchrony.run import Run, TrainResult
+from a3c_jax.asynchrony.records import EpisodeLog
+from a3c_jax.asynchrony.result import TrainResult
+from a3c_jax.asynchrony.run import Run
+from a3c_jax.asynchrony.signals import noted_signals
 from a3c_jax.asynchrony.sinks import CallFunction
 from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
 from a3c_jax.config import A3CConfig
@@ -27,6 +30,17 @@ class TrainingInterrupted(KeyboardInterrupt):
         super().__init__("training was interrupted")
         self.result = result
         self.signal = number
+
+
+class SinkError(RuntimeError):
+    """A sink failed during `train`; `__cause__` is its exception.
+
+    Attributes:
+      result: the result so far; it is that of the whole run if the sink failed at the end. None if it failed
+        before the training began.
+    """
+
+    result: TrainResult | None = None
 
 
 def train(
@@ -84,53 +98,94 @@ def train(
         `params` and `resume` are given.
       WorkerError: if a worker failed. Its cause is the worker's exception, and its `result` what was
         reached until then.
+      SinkError: if a sink failed. Its cause is the sink's exception, and its `result` what was reached until then.
+        The other sinks get their last rows, and all are closed.
       TrainingInterrupted: on Ctrl-C or SIGTERM: a KeyboardInterrupt that carries the result so far.
+      CheckpointError: if another run is using the folder of checkpoints, or if it has checkpoints that this run
+        would make useless.
 
     Warns:
       RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried.
     """
-    with contextlib.ExitStack() as stack:
-        if on_progress is not None:
-            sinks = [*sinks, CallFunction(on_progress)]
-        for sink in sinks:
-            stack.enter_context(_closing(sink))
-        single_kernel = None if resume is None else resume.single_kernel
-        objects = {"environment": environment, "network": network}
-        objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
-        program = as_program(config, single_kernel, **objects)
-        run = _start(program, params, resume, updates_per_row)
-        threads = WorkerThreads(
-            program.step,
-            run.store,
-            run.states,
-            read_report=Report,
-            on_update=run.on_update,
-            max_updates=run.remaining_updates,
-            max_running=_max_running(program, run),
-        )
-        reports = _Reports(run, sinks, checkpoints)
-        if resume is None:
-            reports.save()  # so that there is something to go on from, whatever happens next
-        run.start_clock()
+    if on_progress is not None:
+        sinks = [*sinks, CallFunction(on_progress)]
+    single_kernel = None if resume is None else resume.single_kernel
+    objects = {"environment": environment, "network": network}
+    objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
+    with noted_signals() as noted:
+        outlets = _Outlets(sinks)
         try:
-            threads.run(reports.tick, interval)
-        except WorkerError as error:
-            error.result = run.finish("failed")
-            run.explain(error)
-            reports.end(error)
+            program = as_program(config, single_kernel, **objects)
+            run = _start(program, params, resume, updates_per_row)
+            with (
+                contextlib.nullcontext()
+                if checkpoints is None
+                else checkpoints.keeping(run.logs, resume)
+            ):
+                error = _run_threads(
+                    run, outlets, checkpoints, interval, saves_first=resume is None
+                )
+                result = run.result()
+        except BaseException as unexpected:
+            outlets.close()
+            outlets.add_failure_to(unexpected)
             raise
-        except KeyboardInterrupt as error:
-            result = run.finish("interrupted")
-            interrupted = TrainingInterrupted(result, *error.args[:1] or (2,))
-            reports.end(interrupted)
-            raise interrupted from None
-        except BaseException as error:
-            run.finish("failed")
-            reports.end(error)
-            raise
-        result = run.finish(run.stop_reason or "max_steps")
-        reports.end()
-        return result
+        outlets.close()
+        if error is None and noted:  # too late to interrupt the training
+            error = KeyboardInterrupt(noted[0])
+        if isinstance(error, KeyboardInterrupt):
+            error = TrainingInterrupted(result, *error.args[:1] or (2,))
+        if error is None and outlets.failure is None:
+            return result
+        error = outlets.add_failure_to(error)
+        if not isinstance(error, TrainingInterrupted):
+            error.result = result  # type: ignore[attr-defined]
+        raise error
+
+
+def _run_threads(
+    run: Run,
+    outlets: "_Outlets",
+    checkpoints: CheckpointFolder | None,
+    interval: float,
+    *,
+    saves_first: bool,
+) -> BaseException | None:
+    """Runs the worker threads to their end, whatever it is, and saves and shows how it ended.
+
+    Returns:
+      The exception that ended them, if one did.
+    """
+    reports = _Reports(run, outlets, checkpoints)
+    if saves_first:
+        reports.save()  # so that there is something to go on from, whatever happens next
+    program = run.program
+    error: BaseException | None = None
+    threads = WorkerThreads(
+        program.step,
+        run.store,
+        run.states,
+        read_report=Report,
+        on_update=run.on_update,
+        max_updates=run.remaining_updates,
+        max_running=_max_running(program, run),
+    )
+    run.start_clock()
+    try:
+        threads.run(reports.tick, interval)
+    except KeyboardInterrupt as interruption:
+        error = interruption
+        run.stop("interrupted")
+    except BaseException as failure:
+        error = failure
+        run.stop("failed")
+        if isinstance(failure, WorkerError):
+            run.explain(failure)
+    else:
+        run.stop(run.stop_reason or "max_steps")
+    reports.save()
+    reports.show(last=True)
+    return error
 
 
 def _start(
@@ -156,27 +211,46 @@ def _max_running(program: Program, run: Run) -> int | None:
     return program.max_concurrent_calls(config.num_workers, params, run.states[0])
 
 
-@contextlib.contextmanager
-def _keeping(error: BaseException | None) -> Iterator[None]:
-    """Keeps a sink that fails in the block from hiding the error that ended the run: it only adds a note to it."""
-    try:
-        yield
-    except Exception as failure:
+class _Outlets:
+    """The sinks of a run. One that fails does not keep the others from getting their rows, nor from being closed.
+
+    Attributes:
+      failure: what the first one that failed raised; None if none has.
+    """
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
+        self.failure: SinkError | None = None
+
+    def write(self, row: Row, episodes: EpisodeLog) -> None:
+        for sink in self._sinks:
+            with self._noting_failure(sink, "write"):
+                sink.write(row, episodes)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            with self._noting_failure(sink, "close"):
+                sink.close()
+
+    def add_failure_to(self, error: BaseException | None) -> BaseException:
+        """The error that ended a run, with a note if a sink failed as well; the sink's if there is no other."""
         if error is None:
-            raise
-        error.add_note(f"A sink failed as well: {type(failure).__name__}: {failure}")
+            assert self.failure is not None
+            return self.failure
+        if self.failure not in (None, error):
+            error.add_note(f"As well, {self.failure}")
+        return error
 
-
-@contextlib.contextmanager
-def _closing(sink: Sink) -> Iterator[None]:
-    """Closes a sink after the block, however that ends."""
-    try:
-        yield
-    except BaseException as error:
-        with _keeping(error):
-            sink.close()
-        raise
-    sink.close()
+    @contextlib.contextmanager
+    def _noting_failure(self, sink: Sink, method: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self.failure is None:
+                self.failure = SinkError(
+                    f"{type(sink).__name__}.{method} failed with {type(error).__name__}: {error}"
+                )
+                self.failure.__cause__ = error
 
 
 class _Reports:
@@ -184,39 +258,39 @@ class _Reports:
 
     Args:
       run: the run.
-      sinks: where rows go.
+      outlets: where rows go.
       checkpoints: where it is saved, if anywhere.
     """
 
-    def __init__(
-        self, run: Run, sinks: Sequence[Sink], checkpoints: CheckpointFolder | None
-    ) -> None:
-        self._run, self._sinks, self._checkpoints = run, sinks, checkpoints
+    def __init__(self, run: Run, outlets: _Outlets, checkpoints: CheckpointFolder | None) -> None:
+        self._run, self._outlets, self._checkpoints = run, outlets, checkpoints
 
     def tick(self) -> None:
-        """Writes a row, and saves a checkpoint if one is due."""
-        self.write()
+        """Shows what is new, and saves a checkpoint if one is due.
+
+        Raises:
+          SinkError: if a sink failed.
+        """
+        self.show()
         if self._checkpoints is not None and self._checkpoints.due(self._run.version):
             self.save()
+        if self._outlets.failure is not None:
+            raise self._outlets.failure
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Saves the last checkpoint and writes the last row, also if an error ended the run."""
-        self.save()
-        with _keeping(error):
-            self.write(last=True)
-
-    def write(self, *, last: bool = False) -> None:
-        """Sends the new rows and episodes to every sink."""
+    def show(self, *, last: bool = False) -> None:
+        """Sends the new rows and episodes to every sink, and writes the logs to their files, if they have files."""
         # Taken even if there is no sink, so that they do not pile up.
-        for row, episodes in self._run.counters.take_rows(last=last):
-            for sink in self._sinks:
-                sink.write(row, episodes)
+        for row, episodes in self._run.take_rows(last=last):
+            self._outlets.write(row, episodes)
+        with contextlib.suppress(OSError):  # the rows wait in memory, and saving a checkpoint warns
+            self._run.flush()
 
     def save(self) -> None:
         """Saves a checkpoint; warns if it cannot be written."""
         if self._checkpoints is None:
             return
         try:
+            self._checkpoints.make_again()
             self._checkpoints.save(self._run.checkpoint())
         except OSError as error:
             warnings.warn(

@@ -87,14 +87,16 @@ def _print_memory(samples: Samples, result: Any) -> None:
     seconds, resident, threads, files = np.array(samples.rows).T
     half, minutes = len(seconds) // 2, result.wall_clock["train"] / 60
     slope = 60 * np.polyfit(seconds[half:], resident[half:], 1)[0] if len(seconds) > 3 else np.nan
-    # In memory, a row of the schedule has 12 bytes and one of the episodes 28.
-    log = (12 * result.version + 28 * len(result.episodes.length)) / MEBIBYTE
+    steady = seconds >= min(120, seconds[-1] / 2)
+    growth = np.ptp(resident[steady])
+    log = (12 * result.version + 32 * len(result.episodes.length)) / MEBIBYTE
     print(
         f"{minutes:.1f} minutes, {result.environment_steps:,} steps, {result.version:,} updates, "
         f"{len(result.episodes.length):,} episodes, stopped by {result.stop_reason}\n"
         f"memory: {resident[0]:.0f} MiB at the start, {resident[half]:.0f} halfway, {resident[-1]:.0f} at the end, "
         f"{resident.max():.0f} at most; {slope:+.2f} MiB a minute over the second half\n"
-        f"  the log of updates and episodes, which replay needs, grows by {log / minutes:.2f} MiB a minute\n"
+        f"  after the first two minutes, the largest and the smallest differ by {growth:.1f} MiB\n"
+        f"  on disk, the logs of updates and episodes grow by {log / minutes:.2f} MiB a minute\n"
         f"threads: {threads.min():.0f} to {threads.max():.0f}, open files: {files.min():.0f} to {files.max():.0f}"
     )
 
