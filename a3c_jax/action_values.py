@@ -78,7 +78,7 @@ class ActionValues(ActorCritic):
     evaluation_epsilon: float = 0.05
 
     def setup(self) -> None:
-        if not isinstance(self.num_actions, int):
+        if isinstance(self.num_actions, tuple):
             raise ValueError(
                 f"ActionValues.num_actions must be an integer, got {self.num_actions}: several discrete actions at "
                 "once have no single value each; use a3c_jax.ActorCritic."

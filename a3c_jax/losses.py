@@ -255,10 +255,10 @@ def a3c_loss(
     apply_fn: Callable[[Any, Any], tuple[Any, Array, Array]],
     trajectory: Any,
     *,
-    discount: float = 0.99,
-    critic_cost: float = 0.5,
-    entropy_cost: float = 0.01,
-    lambda_: float = 1.0,
+    discount: Array | float = 0.99,
+    critic_cost: Array | float = 0.5,
+    entropy_cost: Array | float = 0.01,
+    lambda_: Array | float = 1.0,
 ) -> tuple[Array, Metrics]:
     r"""The loss whose gradient an A3C worker sends to the shared parameters.
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from a3c_jax.action_values import ActionValues, EpsilonGreedy
 from a3c_jax.algorithm import SHARED, Algorithm, describe_network
@@ -181,7 +182,7 @@ def value_method(
       epsilon_probabilities: how probable each of them is.
 
     Raises:
-      ValueError: if actions are continuous, or if an argument is outside its range.
+      ValueError: if actions are continuous or several at once, or if an argument is outside its range.
     """
     exploration = Exploration(exploration_steps, final_epsilons, epsilon_probabilities)
     exploration.check()
@@ -288,10 +289,11 @@ def _check(config: A3CConfig, environment: Environment, target_interval: int) ->
                 f"A3CConfig.{field} belongs to A3C's loss and must stay {default} beside another algorithm, got "
                 f"{value}; leave it out."
             )
-    if environment.continuous or not isinstance(environment.num_actions, int):
+    if environment.continuous or np.ndim(environment.num_actions):
+        kind = "continuous actions" if environment.continuous else "several actions at once"
         raise ValueError(
-            f"A3CConfig.algorithm: action values need one discrete action, but {environment.name!r} has other "
-            "actions; use 'a3c'."
+            f"A3CConfig.algorithm: action values need one discrete action, but {environment.name!r} has {kind}; "
+            "use 'a3c'."
         )
     if not target_interval > 0:
         raise ValueError(f"target_interval must be > 0, got {target_interval}; use 10_000.")

@@ -55,18 +55,19 @@ class Functions:
         return Categorical(outputs[..., :2]), outputs[..., 2]
 
 
-class NNX:
-    """A network of flax.nnx."""
+class Bridged(nnx.Module):
+    """A module of flax.nnx that `nnx.bridge.to_linen` turns into a network."""
 
-    def init(self, key, observation):
-        module = nnx.Linear(observation.shape[-1], 3, rngs=nnx.Rngs(key))
-        self.structure, state = nnx.split(module)
-        return nnx.to_pure_dict(state)
+    def __init__(self, rngs):
+        self.hidden, self.heads = nnx.Linear(2, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
 
-    def apply(self, params, observation):
-        module = nnx.merge(self.structure, params)
-        outputs = module(observation)
+    def __call__(self, observation):
+        outputs = self.heads(nnx.tanh(self.hidden(observation)))
         return Categorical(outputs[..., :2]), outputs[..., 2]
+
+
+def bridged():
+    return nnx.bridge.to_linen(Bridged)
 
 
 class Equinox:
@@ -79,10 +80,7 @@ class Equinox:
 
     def apply(self, params, observation):
         module = eqx.combine(params, self.rest)
-        function = module
-        for _ in observation.shape[:-1]:
-            function = jax.vmap(function)
-        outputs = function(observation)
+        outputs = jnp.vectorize(module, signature="(i)->(o)")(observation)
         return Categorical(outputs[..., :2]), outputs[..., 2]
 
 
@@ -95,7 +93,7 @@ def test_a_lone_call_trains_as_a_network_with_its_parts_does():
     chex.assert_trees_all_close(parts.params, alone.params, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("make", [CallAlone, Functions, NNX, Equinox])
+@pytest.mark.parametrize("make", [CallAlone, Functions, bridged, Equinox])
 def test_it_trains_replays_resumes_and_is_evaluated(make, tmp_path):
     program = a3c_jax.build(A3CConfig(**TINY), environment=PROBE, network=make())
     result = a3c_jax.train(program)
@@ -115,6 +113,17 @@ def test_it_trains_replays_resumes_and_is_evaluated(make, tmp_path):
         policy, loaded.params, loaded.environment, loaded.evaluation_key, 4
     )
     assert returns.shape == (4,)
+
+
+def test_a_module_of_flax_nnx_is_named_in_the_checkpoint_by_its_own_class(tmp_path):
+    class Other(Bridged):
+        """Another class with parameters of the same shapes."""
+
+    program = a3c_jax.build(A3CConfig(**TINY), environment=PROBE, network=bridged())
+    a3c_jax.train(program, checkpoints=a3c_jax.CheckpointFolder(tmp_path))
+    message = r"network must be test_own_network.Bridged, .* got test_own_network.*Other; hand over"
+    with pytest.raises(ValueError, match=message):
+        a3c_jax.load(tmp_path, environment=PROBE, network=nnx.bridge.to_linen(Other))
 
 
 def test_normalisation_needs_parameters_that_are_a_dict():

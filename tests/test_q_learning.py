@@ -11,6 +11,7 @@ import pytest
 import rlax
 import scipy.stats
 from probes import Probe
+from small_runs import Walk
 
 import a3c_jax
 from a3c_jax import A3CConfig, CheckpointFolder, find_checkpoint, fixed_delay, round_robin
@@ -18,7 +19,7 @@ from a3c_jax.action_values import ActionValues, EpsilonGreedy
 from a3c_jax.algorithm import SHARED, add_shared
 from a3c_jax.algorithms import find_algorithm
 from a3c_jax.asynchrony.evaluation import evaluate, greedy_policy
-from a3c_jax.q_learning import EPSILON_PROBABILITIES, FINAL_EPSILONS
+from a3c_jax.q_learning import EPSILON_PROBABILITIES, FINAL_EPSILONS, one_step_q
 from a3c_jax.rollout import Trajectory
 from experiments.q_learning import PRESETS
 
@@ -279,9 +280,17 @@ def test_an_argument_outside_its_range_is_refused(arguments, message):
 
 def test_continuous_actions_are_refused():
     with pytest.raises(
-        ValueError, match="action values need one discrete action, but 'Pendulum-v1'"
+        ValueError, match="need one discrete action, but 'Pendulum-v1' has continuous actions; use"
     ):
         a3c_jax.build(A3CConfig(environment="Pendulum-v1", algorithm="one_step_q"))
+
+
+def test_the_number_of_actions_may_be_one_of_numpy():
+    walk = Walk()
+    walk.num_actions = np.int64(2)
+    network = one_step_q(A3CConfig(), walk).network
+    (distribution, _), _ = jax.eval_shape(network.init_with_output, jax.random.key(0), jnp.zeros(3))
+    assert distribution.values.shape == (2,)
 
 
 @pytest.mark.parametrize("field", ["critic_cost", "entropy_cost", "gae_lambda"])

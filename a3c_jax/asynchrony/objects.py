@@ -38,5 +38,6 @@ def check_objects(saved: Mapping[str, str] | None, given: Mapping[str, str]) -> 
 def _name(value: Any) -> str:
     while isinstance(value, functools.partial):
         value = value.func
+    value = getattr(value, "nnx_class", value)  # what nnx.bridge.to_linen has wrapped
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
