@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from a3c_jax.asynchrony.program import Program, build
     from a3c_jax.asynchrony.records import EpisodeLog, Schedule
     from a3c_jax.asynchrony.replaying import replay
+    from a3c_jax.asynchrony.reporting import SinkError
     from a3c_jax.asynchrony.result import TrainResult
     from a3c_jax.asynchrony.schedules import (
         fixed_delay,
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
     from a3c_jax.asynchrony.simulation import SimulationResult, make_simulation
     from a3c_jax.asynchrony.sinks import TensorBoard, Trackio, WeightsAndBiases
     from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
-    from a3c_jax.asynchrony.training import SinkError, TrainingInterrupted, train
+    from a3c_jax.asynchrony.training import TrainingInterrupted, train
     from a3c_jax.config import A3CConfig
     from a3c_jax.environments import make
     from a3c_jax.networks import ActorCritic
@@ -96,12 +97,13 @@ _NAMES = {
     "asynchrony.program": ["Program", "build"],
     "asynchrony.replaying": ["replay"],
     "asynchrony.records": ["EpisodeLog", "Schedule"],
+    "asynchrony.reporting": ["SinkError"],
     "asynchrony.result": ["TrainResult"],
     "asynchrony.schedules": ["fixed_delay", "random_delays", "round_robin", "straggler"],
     "asynchrony.simulation": ["SimulationResult", "make_simulation"],
     "asynchrony.sinks": ["TensorBoard", "Trackio", "WeightsAndBiases"],
     "asynchrony.threads": ["WorkerError", "WorkerThreads"],
-    "asynchrony.training": ["SinkError", "TrainingInterrupted", "train"],
+    "asynchrony.training": ["TrainingInterrupted", "train"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = [

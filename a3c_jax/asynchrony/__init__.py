@@ -20,6 +20,7 @@
 | `program`     | `build`: what a configuration describes, compiled once and run often                   |
 | `result`      | `TrainResult`: what a run leaves behind                                                |
 | `run`         | one run of a program: what `train` and `replay` have in common                         |
+| `reporting`   | what a run shows and saves while it goes on                                            |
 | `training`    | `train`: runs a program in worker threads                                              |
 | `replaying`   | `replay`: repeats a run in one thread, bit for bit                                     |
 | `schedules`   | schedules made without a run: round-robin, fixed and random delays, a straggler        |

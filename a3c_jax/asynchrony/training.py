@@ -1,15 +1,14 @@
 """`train`: runs a program in worker threads, shows what happens, and saves it."""
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint
 from a3c_jax.asynchrony.checkpoints import CheckpointFolder
 from a3c_jax.asynchrony.metrics import Report, Row, Sink
 from a3c_jax.asynchrony.program import Program, as_program
-from a3c_jax.asynchrony.records import EpisodeLog
+from a3c_jax.asynchrony.reporting import Outlets, Reports
 from a3c_jax.asynchrony.result import TrainResult
 from a3c_jax.asynchrony.run import Run
 from a3c_jax.asynchrony.signals import noted_signals
@@ -30,17 +29,6 @@ class TrainingInterrupted(KeyboardInterrupt):
         super().__init__("training was interrupted")
         self.result = result
         self.signal = number
-
-
-class SinkError(RuntimeError):
-    """A sink failed during `train`; `__cause__` is its exception.
-
-    Attributes:
-      result: the result so far; it is that of the whole run if the sink failed at the end. None if it failed
-        before the training began.
-    """
-
-    result: TrainResult | None = None
 
 
 def train(
@@ -113,79 +101,73 @@ def train(
     objects = {"environment": environment, "network": network}
     objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
     with noted_signals() as noted:
-        outlets = _Outlets(sinks)
-        try:
+        with Outlets(sinks) as outlets:
             program = as_program(config, single_kernel, **objects)
             run = _start(program, params, resume, updates_per_row)
-            with (
-                contextlib.nullcontext()
-                if checkpoints is None
-                else checkpoints.keeping(run.logs, resume)
-            ):
-                error = _run_threads(
-                    run, outlets, checkpoints, interval, saves_first=resume is None
+            with _keeping(checkpoints, run, resume):
+                threads = WorkerThreads(
+                    program.step,
+                    run.store,
+                    run.states,
+                    read_report=Report,
+                    on_update=run.on_update,
+                    max_updates=run.remaining_updates,
+                    max_running=_max_running(program, run),
                 )
+                reports = Reports(run, outlets, checkpoints)
+                if resume is None:
+                    reports.save()  # so that there is something to go on from, whatever happens next
+                run.start_clock()
+                with _Ending(run) as ending:
+                    threads.run(reports.tick, interval)
+                reports.save()
+                reports.show(last=True)
                 result = run.result()
-        except BaseException as unexpected:
-            outlets.close()
-            outlets.add_failure_to(unexpected)
-            raise
-        outlets.close()
-        if error is None and noted:  # too late to interrupt the training
+        error = ending.error
+        if error is None and noted:  # too late to interrupt the threads
             error = KeyboardInterrupt(noted[0])
         if isinstance(error, KeyboardInterrupt):
             error = TrainingInterrupted(result, *error.args[:1] or (2,))
-        if error is None and outlets.failure is None:
-            return result
-        error = outlets.add_failure_to(error)
-        if not isinstance(error, TrainingInterrupted):
+        outlets.add_failure_to(error)
+        error = error or outlets.failure
+        if error is not None:
             error.result = result  # type: ignore[attr-defined]
-        raise error
+            raise error
+        return result
 
 
-def _run_threads(
-    run: Run,
-    outlets: "_Outlets",
-    checkpoints: CheckpointFolder | None,
-    interval: float,
-    *,
-    saves_first: bool,
-) -> BaseException | None:
-    """Runs the worker threads to their end, whatever it is, and saves and shows how it ended.
+class _Ending:
+    """Notes how the threads in its block end, and stops the run's clock.
 
-    Returns:
-      The exception that ended them, if one did.
+    Attributes:
+      error: what they raised, to be raised again with the result; None if nothing.
     """
-    reports = _Reports(run, outlets, checkpoints)
-    if saves_first:
-        reports.save()  # so that there is something to go on from, whatever happens next
-    program = run.program
-    error: BaseException | None = None
-    threads = WorkerThreads(
-        program.step,
-        run.store,
-        run.states,
-        read_report=Report,
-        on_update=run.on_update,
-        max_updates=run.remaining_updates,
-        max_running=_max_running(program, run),
-    )
-    run.start_clock()
-    try:
-        threads.run(reports.tick, interval)
-    except KeyboardInterrupt as interruption:
-        error = interruption
-        run.stop("interrupted")
-    except BaseException as failure:
-        error = failure
-        run.stop("failed")
-        if isinstance(failure, WorkerError):
-            run.explain(failure)
-    else:
-        run.stop(run.stop_reason or "max_steps")
-    reports.save()
-    reports.show(last=True)
-    return error
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> "_Ending":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self.error = error
+        if error is None:
+            self._run.stop(self._run.stop_reason or "max_steps")
+        else:
+            self._run.stop("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        if isinstance(error, WorkerError):
+            self._run.explain(error)
+        return True
+
+
+def _keeping(
+    checkpoints: CheckpointFolder | None, run: Run, resume: Checkpoint | None
+) -> contextlib.AbstractContextManager[None]:
+    """Keeps the run's logs in the folder of checkpoints, if there is one."""
+    if checkpoints is None:
+        return contextlib.nullcontext()
+    return checkpoints.keeping(run.logs, resume)
 
 
 def _start(
@@ -209,94 +191,3 @@ def _max_running(program: Program, run: Run) -> int | None:
         return config.max_concurrent_workers
     params = run.store.pull().params
     return program.max_concurrent_calls(config.num_workers, params, run.states[0])
-
-
-class _Outlets:
-    """The sinks of a run. One that fails does not keep the others from getting their rows, nor from being closed.
-
-    Attributes:
-      failure: what the first one that failed raised; None if none has.
-    """
-
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
-        self.failure: SinkError | None = None
-
-    def write(self, row: Row, episodes: EpisodeLog) -> None:
-        for sink in self._sinks:
-            with self._noting_failure(sink, "write"):
-                sink.write(row, episodes)
-
-    def close(self) -> None:
-        for sink in self._sinks:
-            with self._noting_failure(sink, "close"):
-                sink.close()
-
-    def add_failure_to(self, error: BaseException | None) -> BaseException:
-        """The error that ended a run, with a note if a sink failed as well; the sink's if there is no other."""
-        if error is None:
-            assert self.failure is not None
-            return self.failure
-        if self.failure not in (None, error):
-            error.add_note(f"As well, {self.failure}")
-        return error
-
-    @contextlib.contextmanager
-    def _noting_failure(self, sink: Sink, method: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if self.failure is None:
-                self.failure = SinkError(
-                    f"{type(sink).__name__}.{method} failed with {type(error).__name__}: {error}"
-                )
-                self.failure.__cause__ = error
-
-
-class _Reports:
-    """What a run shows and saves while it goes on.
-
-    Args:
-      run: the run.
-      outlets: where rows go.
-      checkpoints: where it is saved, if anywhere.
-    """
-
-    def __init__(self, run: Run, outlets: _Outlets, checkpoints: CheckpointFolder | None) -> None:
-        self._run, self._outlets, self._checkpoints = run, outlets, checkpoints
-
-    def tick(self) -> None:
-        """Shows what is new, and saves a checkpoint if one is due.
-
-        Raises:
-          SinkError: if a sink failed.
-        """
-        self.show()
-        if self._checkpoints is not None and self._checkpoints.due(self._run.version):
-            self.save()
-        if self._outlets.failure is not None:
-            raise self._outlets.failure
-
-    def show(self, *, last: bool = False) -> None:
-        """Sends the new rows and episodes to every sink, and writes the logs to their files, if they have files."""
-        # Taken even if there is no sink, so that they do not pile up.
-        for row, episodes in self._run.take_rows(last=last):
-            self._outlets.write(row, episodes)
-        with contextlib.suppress(OSError):  # the rows wait in memory, and saving a checkpoint warns
-            self._run.flush()
-
-    def save(self) -> None:
-        """Saves a checkpoint; warns if it cannot be written."""
-        if self._checkpoints is None:
-            return
-        try:
-            self._checkpoints.make_again()
-            self._checkpoints.save(self._run.checkpoint())
-        except OSError as error:
-            warnings.warn(
-                f"the checkpoint of update {self._run.version:,} cannot be written to "
-                f"{self._checkpoints.path} ({error.strerror}); training goes on, and earlier "
-                "checkpoints stay.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
