@@ -198,13 +198,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_mean_return(path: Path) -> float:
-    """The mean return in a file's first line; minus infinity if there is none or it cannot be read."""
+    """The mean return in a file's first line; minus infinity if there is none that is finite, or it cannot be read."""
     try:
         with open(path, "rb") as file:
             mean = float(_parse_header(path, file.readline(_MAX_HEADER))["run"]["mean_return"])
     except (OSError, CheckpointError, KeyError, TypeError, ValueError):
         return float("-inf")
-    return float("-inf") if np.isnan(mean) else mean
+    return mean if np.isfinite(mean) else float("-inf")
 
 
 def _parse_header(path: str | Path, line: bytes) -> dict[str, Any]:
