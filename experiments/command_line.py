@@ -15,6 +15,7 @@ import a3c_jax
 import experiments
 from a3c_jax.config import A3CConfig
 from experiments.compilation_cache import CompilationCache
+from experiments.recorded_threads import start_with_threads_of
 from experiments.run_folder import (
     check_is_new,
     continue_in,
@@ -99,6 +100,8 @@ def main(
     """
     with exit_on_bad_input():
         config, options, cache = _parse_example(name, description, presets, arguments)
+        if options.resume is not None:
+            start_with_threads_of(options.resume)
         # Everything below loads JAX. Until here nothing has, so that --help answers at once.
         from a3c_jax.asynchrony.checkpoints import check_same_run
         from experiments import report, tasks  # noqa: F401 (registers its environments)

@@ -20,6 +20,7 @@ from flax import serialization
 from a3c_jax import __version__, _compiled
 from a3c_jax.asynchrony.metrics import EpisodeLog
 from a3c_jax.asynchrony.parameters import Schedule
+from a3c_jax.asynchrony.thread_pools import thread_counts
 from a3c_jax.asynchrony.trees import Named
 from a3c_jax.config import A3CConfig
 
@@ -98,7 +99,7 @@ def library_versions() -> dict[str, str]:
         "a3c_jax": __version__,
         "backend": jax.default_backend(),
         "programs": "compiled for speed" if _compiled.enabled() else "plain",
-    }
+    } | thread_counts()
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:

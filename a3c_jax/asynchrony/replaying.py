@@ -1,6 +1,6 @@
 """`replay`: repeats in one thread, bit for bit, what a run with any number of workers did."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from a3c_jax.asynchrony.metrics import Report, segment_metrics
 from a3c_jax.asynchrony.parameters import Schedule, Snapshot
 from a3c_jax.asynchrony.program import Program, as_program
 from a3c_jax.asynchrony.run import Run, TrainResult
+from a3c_jax.asynchrony.thread_pools import warn_if_different
 from a3c_jax.asynchrony.threads import WorkerError
 from a3c_jax.config import A3CConfig
 
@@ -25,6 +26,7 @@ def replay(
     algorithm: Any = None,
     params: Any = None,
     single_kernel: bool | None = None,
+    versions: Mapping[str, str] | None = None,
     until: int | None = None,
     on_update: Callable[[int, Snapshot, Any, dict[str, float]], None] | None = None,
 ) -> TrainResult:
@@ -51,6 +53,8 @@ def replay(
       params: the parameters that the run started from, if they were given.
       single_kernel: the run's `TrainResult.single_kernel`, or its checkpoint's, if it was made in another
         process; see `build`.
+      versions: the run's `Checkpoint.versions`, if it was made in another process: there is a warning if it had
+        another number of XLA threads than this one.
       until: how many updates to make; None makes all.
       on_update: called as `on_update(k, snapshot, gradients, metrics)` after update k, counted from zero,
         with the parameters that it led to, its gradients as a tree, and the metrics of its segment.
@@ -62,6 +66,9 @@ def replay(
       ValueError: if the schedule names a worker or a version that cannot exist, or if `until` is
         negative.
       WorkerError: if the run failed, at the same update.
+
+    Warns:
+      RuntimeWarning: if the run had another number of XLA threads than this process.
     """
     if until is not None and until < 0:
         raise ValueError(f"until must be >= 0, got {until}; use None for all updates.")
@@ -77,6 +84,7 @@ def replay(
     schedule.check(program.config.num_workers)
     workers, pulled_versions = (np.asarray(column)[:until].tolist() for column in schedule)
     run = Run(program, params)
+    warn_if_different(versions or {})
     last_use = {pulled: k for k, pulled in enumerate(pulled_versions)}
     versions = {0: run.store.pull().params}
     run.start_clock()

@@ -11,6 +11,7 @@ from a3c_jax.asynchrony.metrics import Report, Row, Sink
 from a3c_jax.asynchrony.program import Program, as_program
 from a3c_jax.asynchrony.run import Run, TrainResult
 from a3c_jax.asynchrony.sinks import CallFunction
+from a3c_jax.asynchrony.thread_pools import warn_if_different
 from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
 from a3c_jax.config import A3CConfig
 
@@ -87,7 +88,8 @@ def train(
       TrainingInterrupted: on Ctrl-C or SIGTERM: a KeyboardInterrupt that carries the result so far.
 
     Warns:
-      RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried.
+      RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried. And if the
+        run to go on with had another number of XLA threads than this process.
     """
     with contextlib.ExitStack() as stack:
         if on_progress is not None:
@@ -144,6 +146,7 @@ def _start(
     run = Run(program, params, updates_per_row)
     if resume is not None:
         run.restore(resume)
+        warn_if_different(resume.versions)
     return run
 
 
