@@ -4,6 +4,7 @@ What can be seen from shapes is found by tracing alone (`jax.eval_shape`). Wheth
 can only be seen by playing it: see `a3c_jax.reset_check`.
 """
 
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -166,7 +167,14 @@ def _check_space(name: str, space: Any, raw: Any, num_envs: int, check_dtype: bo
 
 
 def _check_torso(config: A3CConfig, environment: Environment) -> None:
+    """Checks that the built-in network can read the observations."""
     shape = environment.observation_shape
+    sizes = [math.prod(part) for part in jax.tree.leaves(shape, is_leaf=is_shape)]
+    if sum(sizes) == 0:
+        raise ValueError(
+            f"observation_shape of environment {_name(environment)!r} must have at least one number for the "
+            f"built-in network, got {shape}; show a constant, jnp.zeros(1), if there is nothing to see."
+        )
     is_image = is_shape(shape) and len(shape) == 3 and min(shape[:2]) >= 3
     if config.torso == "conv" and not is_image:
         raise ValueError(

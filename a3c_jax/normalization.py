@@ -131,14 +131,16 @@ def merge_statistics(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        return inner.init(_weights(params))
+        return inner.init(without_statistics(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
                 "merge_statistics needs the parameters, got None; call update(gradients, state, params)."
             )
-        moves, state = inner.update(_weights(updates), state, _weights(params), **extra)
+        moves, state = inner.update(
+            without_statistics(updates), state, without_statistics(params), **extra
+        )
         old, new = params[STATISTICS], updates[STATISTICS]
         merged = jax.tree.map(merge_moments, old, new, is_leaf=lambda x: isinstance(x, Moments))
         difference = jax.tree.map(jnp.subtract, merged, old)
@@ -147,5 +149,8 @@ def merge_statistics(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _weights(tree: dict[str, Any]) -> dict[str, Any]:
+def without_statistics(tree: Any) -> Any:
+    """A parameter tree, or gradients, without the moments in it."""
+    if not isinstance(tree, dict):
+        return tree
     return {name: value for name, value in tree.items() if name != STATISTICS}

@@ -1,5 +1,6 @@
 """The optimizers, by name, and one update of the parameters as a pure function."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from a3c_jax import normalization
 from a3c_jax.algorithm import join_shared, split_shared
+from a3c_jax.worker import Segment
 
 Array = jax.Array
 
@@ -31,8 +34,8 @@ class Updater(NamedTuple):
     Attributes:
       init: `init(params) -> OptimizerState`.
       update: `update(gradients, optimizer_state, params, worker) -> (params, OptimizerState)`. If the
-        gradients, or what the optimizer makes of them, are not finite, the parameters and the optimizer's
-        state are returned unchanged, with `finite` False.
+        gradients, their norm, or what the optimizer makes of them, are not finite, the parameters and the
+        optimizer's state are returned unchanged, with `finite` False.
     """
 
     init: Callable[[Any], OptimizerState]
@@ -71,7 +74,8 @@ def make_updater(
         new_params = join_shared(optax.apply_updates(weights, updates), shared)
         if after_update is not None:
             new_params = after_update(new_params)
-        finite = all_finite((gradients, new_params, new_state))
+        # A norm can overflow though every element is finite. Clipping by it would then make every element zero.
+        finite = all_finite((squared_norm(gradients), new_params, new_state))
         params, state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (new_params, new_state),
@@ -91,6 +95,52 @@ def all_finite(tree: Any) -> Array:
     # A single vector costs the compiled program less than a sum for each leaf.
     vector, _ = ravel_pytree(floats)
     return jnp.isfinite(jnp.sum(vector - vector))
+
+
+def squared_norm(gradients: Any) -> Array:
+    """The square of the gradients' global norm, a scalar. Moments that they carry are no part of it."""
+    weights = normalization.without_statistics(gradients)
+    floats = [
+        x for x in jax.tree.leaves(weights) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    ]
+    if not floats:
+        return jnp.float32(0.0)
+    vector, _ = ravel_pytree(floats)
+    return jnp.sum(jnp.square(vector.astype(jnp.promote_types(vector.dtype, jnp.float32))))
+
+
+def explain_nonfinite(gradients: Any) -> str:
+    """Says why the update by these gradients was not finite, and what to do about it.
+
+    Args:
+      gradients: what the worker sent, a plain tree; or a `Segment` if the algorithm learns at the newest parameters.
+
+    Returns:
+      The end of a sentence that begins with "the update".
+    """
+    is_segment = isinstance(gradients, Segment)
+    largest, where = 0.0, ""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) or not jnp.size(leaf):
+            continue
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        highest = float(jnp.max(jnp.abs(leaf)))  # NaN if there is one
+        if not math.isfinite(highest):
+            return (
+                f"has a NaN or an infinity in its {'segment' if is_segment else 'gradients'}, in {name!r}; "
+                "lower the learning rate, or clip the gradients."
+            )
+        if highest > largest:
+            largest, where = highest, name
+    if not is_segment and not math.isfinite(squared_norm(gradients)):
+        return (
+            "has gradients whose norm is infinite, though each of their numbers is finite, up to "
+            f"{largest:.2g} in {where!r}; make the rewards smaller, or lower the loss's costs."
+        )
+    return (
+        "makes a NaN or an infinity of the parameters or of the optimizer's state; lower the learning rate, "
+        "or clip the gradients."
+    )
 
 
 def per_worker(

@@ -16,6 +16,7 @@ import experiments
 from a3c_jax.asynchrony.signals import raise_noted
 from a3c_jax.config import A3CConfig
 from experiments.compilation_cache import CompilationCache
+from experiments.recorded_threads import start_with_threads_of
 from experiments.run_folder import (
     check_is_new,
     continue_in,
@@ -113,6 +114,8 @@ def _run_example(
 ) -> Path:
     with exit_on_bad_input():
         config, options, cache = _parse_example(name, description, presets, arguments)
+        if options.resume is not None:
+            start_with_threads_of(options.resume)
         # Everything below loads JAX. Until here nothing has, so that --help answers at once.
         from a3c_jax import CheckpointError
         from a3c_jax.asynchrony.checkpoints import check_same_run

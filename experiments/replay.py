@@ -18,6 +18,7 @@ import a3c_jax
 from a3c_jax.asynchrony.objects import check_objects, name_objects
 from experiments.command_line import exit_on_bad_input, parse
 from experiments.compilation_cache import CompilationCache
+from experiments.recorded_threads import start_with_threads_of
 from experiments.run_folder import read_json
 
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
         parsed = parse("replay", Arguments, __doc__, arguments)
         if parsed.until is not None and parsed.until < 1:
             raise ValueError(f"until must be >= 1, got {parsed.until}; use 1 or more.")
+        start_with_threads_of(parsed.run)
         checkpoint = a3c_jax.find_checkpoint(parsed.run)
         check_objects(checkpoint.objects, name_objects(objects))
         start = None
@@ -98,10 +100,10 @@ def _repeat_failure(checkpoint: Any, failed: dict[str, Any], objects: Any) -> bo
 def _compare_versions(checkpoint: Any) -> None:
     from a3c_jax.asynchrony.checkpoint_files import library_versions
 
-    if checkpoint.versions != library_versions():
+    now = library_versions()
+    if any(value != now.get(name, value) for name, value in checkpoint.versions.items()):
         print(
-            f"note: the run was made by {checkpoint.versions}, this is {library_versions()}: "
-            "the last bits may differ"
+            f"note: the run was made by {checkpoint.versions}, this is {now}: the last bits may differ"
         )
 
 

@@ -68,6 +68,34 @@ def test_action_bounds_beside_an_environment_that_has_its_own_are_refused():
     assert build(environment=own, action_bounds="tanh").environment.action_bounds == "tanh"
 
 
+# Observations.
+
+
+class Blind(Probe):
+    """Shows nothing: its observations have no numbers."""
+
+    observation_shape = (0,)
+
+    def reset(self, key, num_envs):
+        observation, state = super().reset(key, num_envs)
+        return observation[:, :0], state
+
+    def step(self, key, state, action):
+        transition = super().step(key, state, action)
+        return transition._replace(
+            observation=transition.observation[:, :0],
+            final_observation=transition.final_observation[:, :0],
+        )
+
+
+def test_observations_without_a_number_are_refused_for_the_built_in_network():
+    blind = Blind(3, lambda sign, action, last: sign * action)
+    refused(
+        r"observation_shape of environment 'Probe' must have at least one number .*, got \(0,\); show",
+        environment=blind,
+    )
+
+
 # Networks.
 
 

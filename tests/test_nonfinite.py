@@ -27,8 +27,10 @@ from a3c_jax import (
     WorkerError,
     find_checkpoint,
 )
+from a3c_jax.asynchrony.checkpoint_files import read_mean_return, save_checkpoint
 from a3c_jax.asynchrony.trees import name_leaves
-from a3c_jax.optimizers import make_optimizer
+from a3c_jax.normalization import STATISTICS, Moments
+from a3c_jax.optimizers import make_optimizer, squared_norm
 
 BAD = [np.nan, np.inf, -np.inf]
 FIRST_BAD_STEP = 42
@@ -119,8 +121,52 @@ def test_statistics_that_overflow_are_refused_though_the_parameters_would_be_fin
 
 def test_large_and_tiny_numbers_that_are_finite_pass():
     store = SharedParameters(jnp.array([3e38, -3e38, 1e-45, -0.0]), optax.sgd(1.0))
-    store.apply(jnp.array([1e-45, 1e-45, 1e-45, 1e30]), 0)
+    store.apply(jnp.array([1e-45, 1e-45, 1e-45, 1e18]), 0)
     assert store.pull().version == 1
+
+
+@pytest.mark.parametrize("max_gradient_norm", [None, 0.5])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_norm_that_overflows_is_not_finite_though_each_number_is(optimizer, max_gradient_norm):
+    # 1e25 squared is beyond float32's 3.4e38. Clipped by that norm, the update would be zero.
+    rule = {"max_gradient_norm": max_gradient_norm}
+    store = make_store(optimizer, rule=rule)
+    before, optimizer_state = store.pull(), words(store.optimizer_state)
+    message = "version 3 by worker 1 has gradients whose norm is infinite, .* up to 1e\\+25 in 'w'; make the"
+    with pytest.raises(NonFiniteError, match=message):
+        store.apply(with_one(1e25, "w"), 3, 1)
+    assert store.pull() is before
+    assert words(store.optimizer_state) == optimizer_state
+    skipping = make_store(optimizer, rule=rule, skip_nonfinite=True)
+    skipping.apply(with_one(1e25, "w"), 3, 1)
+    assert skipping.freeze(lambda: None)[0].skipped == 1
+
+
+def test_an_own_optimizer_that_would_not_notice_is_refused_the_same():
+    store = SharedParameters(jnp.zeros(3), optax.sign_sgd(0.1))
+    with pytest.raises(NonFiniteError, match="whose norm is infinite"):
+        store.apply(jnp.full(3, 1e25), 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_small_floats_do_not_overflow_by_being_squared(dtype):
+    # 300 squared is beyond float16's largest number, 65504.
+    store = SharedParameters(jnp.zeros(3, dtype), optax.sgd(0.1))
+    store.apply(jnp.full(3, 300.0, dtype), 0)
+    np.testing.assert_allclose(np.float32(store.pull().params), -30.0, rtol=0.01)
+
+
+def test_moments_that_gradients_carry_are_no_part_of_their_norm():
+    moments = {"observation": Moments(jnp.float32(2), jnp.float32(0), jnp.float32(1e25))}
+    assert squared_norm({"w": jnp.full(2, 2.0), STATISTICS: moments}) == 8.0
+
+
+def test_the_message_says_which_number_is_not_finite_and_whether_it_was_the_optimizers():
+    store = SharedParameters({"a": jnp.zeros(2), "b": jnp.zeros(2)}, optax.sgd(3e38))
+    with pytest.raises(NonFiniteError, match="an infinity in its gradients, in 'b'; lower"):
+        store.apply({"a": jnp.ones(2), "b": jnp.array([0.0, np.nan])}, 0)
+    with pytest.raises(NonFiniteError, match="makes a NaN or an infinity of the parameters or of"):
+        store.apply({"a": jnp.ones(2), "b": jnp.full(2, 10.0)}, 0)
 
 
 # A run.
@@ -179,6 +225,48 @@ def test_an_update_that_makes_it_stops_the_run_where_no_loss_shows_it():
     assert str(caught.value).endswith("Not finite in its segment: nothing.")
     assert is_finite(caught.value.result.params)
     assert caught.value.result.version == 0
+
+
+@pytest.mark.parametrize("fields", [{"entropy_cost": 1e30}, {"critic_cost": 1e38}], ids=str)
+def test_a_cost_that_makes_every_update_zero_stops_the_run_with_the_reason(fields):
+    with pytest.raises(WorkerError, match="NonFiniteError: .* Not finite .*") as caught:
+        train(small(**fields))
+    assert "gradient_norm" in str(caught.value)
+    assert caught.value.result.version == 0
+
+
+def test_rewards_that_make_every_update_zero_stop_the_run_and_are_named():
+    with pytest.raises(WorkerError, match="NonFiniteError") as caught:
+        train(small(), Walk(1e30, bad_from=0))
+    assert "critic_loss" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.inf,
+        pytest.param(-np.inf, marks=pytest.mark.slow),
+        pytest.param(np.nan, marks=pytest.mark.slow),
+    ],
+)
+def test_a_return_that_is_not_finite_is_never_the_best_and_solves_nothing(tmp_path, bad):
+    # Where an episode terminates, the loss sees another reward, so that every update is finite.
+    config = small(terminal_reward=0.0, max_steps=800, solved_window=3, solved_return=1e6)
+    result = train(config, LastReward(bad, ends=10**6), checkpoints=CheckpointFolder(tmp_path))
+    assert not np.isfinite(result.episodes.episode_return).any()
+    assert (result.stop_reason, result.best_mean_return) == ("max_steps", None)
+    assert find_checkpoint(tmp_path).best_mean_return is None
+
+
+@pytest.mark.parametrize("mean", [np.inf, -np.inf, np.nan])
+def test_a_checkpoint_whose_mean_return_is_not_finite_is_not_the_best_that_is_kept(tmp_path, mean):
+    train(small(), checkpoints=CheckpointFolder(tmp_path))
+    checkpoint = find_checkpoint(tmp_path)
+    returns = np.full_like(checkpoint.episodes.episode_return, mean)
+    path = tmp_path / "infinite.checkpoint"
+    episodes = checkpoint.episodes._replace(episode_return=returns)
+    save_checkpoint(path, checkpoint._replace(episodes=episodes))
+    assert read_mean_return(path) == -np.inf
 
 
 # A run that skips.
@@ -252,10 +340,14 @@ def test_a_return_that_is_no_number_does_not_end_the_search_for_the_best(nonfini
 
 
 class LastReward(Walk):
-    """Pays NaN for the last step of each of an environment's first episodes, all of which terminate."""
+    """Pays `bad` for the last step of each of an environment's first episodes, all of which terminate."""
+
+    def __init__(self, bad=np.nan, ends=40):
+        super().__init__()
+        self._paid, self._ends = bad, ends
 
     def step(self, key, state, action):
         transition = super().step(key, state, action)
         last = transition.terminated | transition.truncated
-        reward = jnp.where(last & (state[2][0] < 40), jnp.nan, transition.reward)
+        reward = jnp.where(last & (state[2][0] < self._ends), self._paid, transition.reward)
         return transition._replace(reward=reward, terminated=last, truncated=jnp.zeros_like(last))

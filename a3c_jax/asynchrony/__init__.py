@@ -6,6 +6,7 @@
 | `records`     | what is logged: who made each update, and every episode                                |
 | `parameters`  | `SharedParameters`, the store: parameters, optimizer state and version under one lock  |
 | `signals`     | how Ctrl-C and SIGTERM end a run                                                       |
+| `thread_pools` | how many threads XLA and the linear algebra library compute with                      |
 | `turns`       | limits how many threads run at once                                                    |
 | `threads`     | `WorkerThreads`: each pulls, steps and applies, again and again                        |
 | `metrics`     | exact counters, the log of episodes, and the sinks that show them                      |

@@ -24,6 +24,7 @@ from flax import serialization
 from a3c_jax import __version__, _compiled
 from a3c_jax.asynchrony.logs import StoredLog, as_columns, map_rows
 from a3c_jax.asynchrony.records import EpisodeLog, Schedule, make_episode_log, make_schedule_log
+from a3c_jax.asynchrony.thread_pools import thread_counts
 from a3c_jax.asynchrony.trees import Named
 from a3c_jax.config import A3CConfig
 
@@ -111,7 +112,7 @@ def library_versions() -> dict[str, str]:
         "a3c_jax": __version__,
         "backend": jax.default_backend(),
         "programs": "compiled for speed" if _compiled.enabled() else "plain",
-    }
+    } | thread_counts()
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -264,13 +265,13 @@ def _read_logs(
 
 
 def read_mean_return(path: Path) -> float:
-    """The mean return in a file's first line; minus infinity if there is none or it cannot be read."""
+    """The mean return in a file's first line; minus infinity if there is none that is finite, or it cannot be read."""
     try:
         with open(path, "rb") as file:
             mean = float(_parse_header(path, file.readline(_MAX_HEADER))["run"]["mean_return"])
     except (OSError, CheckpointError, KeyError, TypeError, ValueError):
         return float("-inf")
-    return float("-inf") if np.isnan(mean) else mean
+    return mean if np.isfinite(mean) else float("-inf")
 
 
 def _parse_header(path: str | Path, line: bytes) -> dict[str, Any]:

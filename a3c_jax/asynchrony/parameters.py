@@ -10,7 +10,7 @@ import optax
 
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.records import Schedule, make_schedule_log
-from a3c_jax.optimizers import OptimizerState, Updater, make_updater
+from a3c_jax.optimizers import OptimizerState, Updater, explain_nonfinite, make_updater
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Update(NamedTuple):
 
 
 class NonFiniteError(ArithmeticError):
-    """An update was refused because it holds a NaN or an infinity. The parameters are as before."""
+    """An update was refused because it, or its gradients' norm, is not finite. The parameters are as before."""
 
 
 class Applying:
@@ -89,10 +89,9 @@ class Applying:
                 params, optimizer_state, finite = store._move(self._gradients, basis, self._worker)
             version = basis[0].version
             if not finite and not store._skip_nonfinite:
+                why = explain_nonfinite(_compiled.unpack(self._gradients))
                 raise NonFiniteError(
-                    f"the update of version {version} by worker {self._worker} has a NaN or an infinity "
-                    "in its gradients, or makes one of the parameters; lower the learning rate, "
-                    "or clip the gradients."
+                    f"the update of version {version} by worker {self._worker} {why}"
                 )
         except BaseException:
             store._lock.release()
@@ -206,8 +205,8 @@ class SharedParameters:
 
         Raises:
           ValueError: if `pulled_version` is not a version so far, or if there is no such worker.
-          NonFiniteError: when the block is entered, if the gradients, or what the update makes of them,
-            are not finite.
+          NonFiniteError: when the block is entered, if the gradients, their norm, or what the update makes of
+            them, are not finite.
         """
         self._check(pulled_version, worker)
         return Applying(self, gradients, pulled_version, worker)

@@ -1,6 +1,6 @@
 """`replay`: repeats in one thread, bit for bit, what a run with any number of workers did."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from a3c_jax.asynchrony.program import Program, as_program
 from a3c_jax.asynchrony.records import Schedule
 from a3c_jax.asynchrony.result import TrainResult
 from a3c_jax.asynchrony.run import Run
+from a3c_jax.asynchrony.thread_pools import warn_if_different
 from a3c_jax.asynchrony.threads import WorkerError
 from a3c_jax.config import A3CConfig
 
@@ -29,6 +30,7 @@ def replay(
     algorithm: Any = None,
     params: Any = None,
     single_kernel: bool | None = None,
+    versions: Mapping[str, str] | None = None,
     start: Checkpoint | None = None,
     until: int | None = None,
     on_update: Callable[[int, Snapshot, Any, dict[str, float]], None] | None = None,
@@ -56,6 +58,8 @@ def replay(
       params: the parameters that the run started from, if they were given.
       single_kernel: the run's `TrainResult.single_kernel`, or its checkpoint's, if it was made in another
         process; see `build`.
+      versions: the run's `Checkpoint.versions`, if it was made in another process: there is a warning if it had
+        another number of XLA threads than this one.
       start: a checkpoint of the run to begin at, instead of at its first update.
       until: which update to end at, counted from the run's first; None makes all of the schedule.
       on_update: called as `on_update(k, snapshot, gradients, metrics)` after update k, counted from zero,
@@ -68,6 +72,9 @@ def replay(
       ValueError: if the schedule names a worker or a version that cannot exist, if it is not the one that led to
         `start`, or if `until` is negative or before `start`.
       WorkerError: if the run failed, at the same update.
+
+    Warns:
+      RuntimeWarning: if the run had another number of XLA threads than this process.
     """
     if until is not None and until < 0:
         raise ValueError(f"until must be >= 0, got {until}; use None for all updates.")
@@ -87,15 +94,16 @@ def replay(
     schedule = Schedule(*(np.asarray(column)[:until] for column in schedule))
     schedule.check(program.config.num_workers)
     run = Run(program, params)
+    warn_if_different(versions or {})
     if start is not None:
         _check_leads_to(start, schedule)
         run.restore(start)
-    versions = _Versions(run, schedule, start)
+    needed = _Versions(run, schedule, start)
     run.start_clock()
-    for k, worker, pulled in versions.updates():
-        gradients, report = _repeat_update(run, worker, pulled, versions.take(k, pulled))
+    for k, worker, pulled in needed.updates():
+        gradients, report = _repeat_update(run, worker, pulled, needed.take(k, pulled))
         snapshot = run.store.pull()
-        versions.add(snapshot)
+        needed.add(snapshot)
         if on_update is not None:
             snapshot = Snapshot(_compiled.unpack(snapshot.params), snapshot.version)
             on_update(k, snapshot, _compiled.unpack(gradients), segment_metrics(report))

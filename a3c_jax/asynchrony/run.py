@@ -92,7 +92,7 @@ class Run:
     def _judge(self, params: Any) -> None:
         """Notes the best parameters so far, and decides whether the run ends."""
         config, mean_return = self.program.config, self.counters.mean_return
-        if mean_return is not None and not np.isnan(mean_return):
+        if mean_return is not None and np.isfinite(mean_return):
             if self._best[0] is None or mean_return > self._best[0]:
                 self._best = (mean_return, params)
             if config.solved_return is not None and mean_return >= config.solved_return:

@@ -13,6 +13,7 @@ from a3c_jax.asynchrony.result import TrainResult
 from a3c_jax.asynchrony.run import Run
 from a3c_jax.asynchrony.signals import noted_signals
 from a3c_jax.asynchrony.sinks import CallFunction
+from a3c_jax.asynchrony.thread_pools import warn_if_different
 from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
 from a3c_jax.config import A3CConfig
 
@@ -93,7 +94,8 @@ def train(
         would make useless.
 
     Warns:
-      RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried.
+      RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried. And if the
+        run to go on with had another number of XLA threads than this process.
     """
     if on_progress is not None:
         sinks = [*sinks, CallFunction(on_progress)]
@@ -181,6 +183,7 @@ def _start(
     run = Run(program, params, updates_per_row)
     if resume is not None:
         run.restore(resume)
+        warn_if_different(resume.versions)
     return run
 
 
