@@ -1,7 +1,9 @@
 """Logs: rows stay in order, what was read never changes, and a file holds them whatever happens to it."""
 
+import ast
 import contextlib
 import os
+import re
 import resource
 import threading
 from pathlib import Path
@@ -138,8 +140,9 @@ def test_a_row_has_a_value_for_each_column():
 
 def test_the_files_of_a_run_have_the_documented_rows():
     page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
-    for log in (make_schedule_log(), make_episode_log()):
-        assert str(log.dtype.descr) in page
+    named = dict(re.findall(r"^(SCHEDULE|EPISODES) = (\[.*?\])$", page, re.M | re.S))
+    assert np.dtype(ast.literal_eval(named["SCHEDULE"])) == make_schedule_log().dtype
+    assert np.dtype(ast.literal_eval(named["EPISODES"])) == make_episode_log().dtype
 
 
 # Files.
@@ -244,6 +247,31 @@ def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path):
     log.flush()
     assert_file_holds(tmp_path / "log", range(22))
     assert_squares(log.read(), np.arange(22))
+
+
+@contextlib.contextmanager
+def no_more_file_handles():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_rows_are_written_once_when_the_process_has_no_file_handle_left(tmp_path):
+    log = make()
+    log.keep_in(tmp_path / "log")
+    with no_more_file_handles():
+        for n in range(0, 20, 5):
+            end = add(log, range(n, n + 5))
+            assert log.flush(end).rows == end
+            assert_squares(log.read(0, end), np.arange(end))
+    add(log, range(20, 22))
+    log.flush()
+    log.close()
+    assert_squares(log.read(), np.arange(22))
+    assert_file_holds(tmp_path / "log", range(22))
 
 
 def test_a_deleted_file_is_made_again(tmp_path):

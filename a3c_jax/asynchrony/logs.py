@@ -92,6 +92,7 @@ class Log(Generic[Rows]):
     def read(self, begin: int = 0, end: int | None = None) -> Rows:
         """The sealed rows from `begin` on, up to `end`, as columns that cannot be written to."""
         with self._lock:
+            self._map()
             sealed = self._sealed.copy()
             parts, position = [], len(self._stored) + sum(map(len, sealed))
             end = position if end is None else end
@@ -144,17 +145,10 @@ class Log(Generic[Rows]):
         if self._file is None:
             return None
         with self._lock:
-            file, written = self._file, 0
-            try:
-                for block in self._sealed.copy():
-                    if end is not None and file.rows >= end:
-                        break
-                    file.append(block)
-                    written += 1
-            finally:
-                if written:
-                    self._stored = file.map()
-                    del self._sealed[:written]
+            file = self._file
+            while self._sealed and (end is None or file.rows < end):
+                file.append(self._sealed[0])
+                del self._sealed[0]
             if to_disk:
                 file.sync()
             return StoredLog(file.path, file.rows, file.crc32)
@@ -170,9 +164,16 @@ class Log(Generic[Rows]):
 
     def close(self) -> None:
         """Closes the file. The rows in it can still be read."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._lock:
+            if self._file is not None:
+                self._map()
+                self._file.close()
+                self._file = None
+
+    def _map(self) -> None:
+        """Maps what was written to the file since the last time."""
+        if self._file is not None and len(self._stored) < self._file.rows:
+            self._stored = self._file.map()
 
 
 class LogFile:
@@ -224,10 +225,14 @@ class LogFile:
         self.rows += len(rows)
 
     def map(self) -> np.ndarray:
-        """The rows, mapped from the file."""
+        """The rows, mapped from the file; read from it if the process has no file handle left for that."""
         if not self.rows:
             return np.empty(0, self._dtype)
-        return np.asarray(np.memmap(self._file, self._dtype, "r", shape=(self.rows,)))
+        try:
+            return np.asarray(np.memmap(self._file, self._dtype, "r", shape=(self.rows,)))
+        except OSError:
+            self._file.seek(0)
+            return np.frombuffer(self._file.read(self.rows * self._dtype.itemsize), self._dtype)
 
     def sync(self) -> None:
         """Returns when all rows are on the disk."""
