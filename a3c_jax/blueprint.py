@@ -130,8 +130,10 @@ def check_parts(
         environment_given=environment_given,
         network_given=network is not None,
     )
-    # Traced once, so that errors of a loss or an algorithm come before anything is compiled.
-    if loss is not None or algorithm is not None or config.algorithm != "a3c":
+    # Traced once, so that errors of a loss or an algorithm come before anything is compiled. Whoever has disabled
+    # compilation wants to look at numbers in their functions, of which a traced function sees none.
+    is_own = loss is not None or algorithm is not None or config.algorithm != "a3c"
+    if is_own and not jax.config.jax_disable_jit:
         check_traceable(describe(config, parts), config.learning_rate)
     return parts
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pytest
 from small_runs import WALK, cut_short, small, train
 from small_runs import program as small_program
@@ -139,17 +138,15 @@ def test_a_run_is_repeated_and_continued_on_another_number_of_cores_bit_for_bit(
         code = f"sys.argv = {words}\nrunpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
         return python(code, cores)
 
-    half, whole, moved = (tmp_path / name for name in ("half", "whole", "moved"))
+    half, moved = tmp_path / "half", tmp_path / "moved"
     budget = ["--num-workers", 1, "--max-steps", steps // 2, *QUICK]
     run(own, module, *options, *budget, "--run-dir", half)
     file = max((half / "checkpoints").glob("*"))
-    for cores, run_dir in ((own, whole), (other, moved)):
-        run(cores, module, "--max-steps", steps, *QUICK, "--resume", file, "--run-dir", run_dir)
-    stayed, went = find_checkpoint(whole), find_checkpoint(moved)
-    assert stayed.versions == went.versions
-    assert stayed.versions["xla_threads"] == str(len(own))
-    assert stayed.version == went.version > find_checkpoint(half).version
-    for name, array in stayed.params.items():
-        np.testing.assert_array_equal(array, went.params[name])
-    # The replay begins at the run's first update, as if it had never been interrupted.
+    run(other, module, "--max-steps", steps, *QUICK, "--resume", file, "--run-dir", moved)
+    before, after = find_checkpoint(half), find_checkpoint(moved)
+    assert before.versions == after.versions
+    assert after.versions["xla_threads"] == str(len(own))
+    assert after.version > before.version > 0
+    # The replay begins at the run's first update, as if nobody had interrupted it. It makes the updates of the one
+    # machine and those of the other again, and compares all parameters.
     assert "identical" in run(other, "replay", moved)

@@ -7,7 +7,8 @@ and the commands that measure them again.
 
 **Switching everything off.** With the environment variable `A3C_JAX_PLAIN=1`, or if JAX's backend is not a CPU,
 `compile` is `jax.jit` on trees and nothing else, and the process is left alone. Every test of the package passes
-then, but for the tests of this subpackage, which are skipped.
+then, but for the tests of this subpackage, which are skipped. Under `jax.disable_jit()` and `jax_debug_nans` it is off
+as well, and what `compile` returns keeps these settings in the threads that call it.
 
 **Packing** (`packing.py`; always on). Passing an array between Python and a compiled call costs microseconds,
 however small the array is, and a worker's state has a dozen. So a tree of several arrays passes as one vector, which
@@ -55,6 +56,7 @@ from typing import Any
 
 from a3c_jax._compiled.function import (
     CompiledFunction,
+    DebuggedFunction,
     PlainFunction,
     VectorFunction,
     compile_for_few_calls,
@@ -62,7 +64,7 @@ from a3c_jax._compiled.function import (
 )
 from a3c_jax._compiled.packing import Packed
 from a3c_jax._compiled.plotting import import_gymnax
-from a3c_jax._compiled.process import enabled, prepare_process
+from a3c_jax._compiled.process import debugging, enabled, prepare_process
 
 __all__ = [
     "CompiledFunction",
@@ -90,6 +92,8 @@ def compile(
       The compiled function. It takes each tree of several arrays either plain or as a `Packed`, and returns such
       trees as `Packed`; if the machine room is off, it returns them plain.
     """
+    if debugging():
+        return DebuggedFunction(function)
     if not enabled():
         return PlainFunction(function, examples)
     return VectorFunction(function, examples, single_kernel)

@@ -99,6 +99,22 @@ class PlainFunction(CompiledFunction):
         return jax.block_until_ready(self._function(*map(unpack, arguments)))
 
 
+class DebuggedFunction(PlainFunction):
+    """The function under the debugging settings of JAX with which it was made, whichever thread calls it.
+
+    `jax.disable_jit()` holds only for the thread that enters it, but worker threads make the calls.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._is_uncompiled = bool(jax.config.jax_disable_jit)
+        self._looks_for_nans = bool(jax.config.jax_debug_nans)
+        self._function = jax.jit(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        with jax.disable_jit(self._is_uncompiled), jax.debug_nans(self._looks_for_nans):
+            return super().__call__(*arguments)
+
+
 class VectorFunction(CompiledFunction):
     """The function as a program over vectors, a single kernel if that is possible and pays.
 

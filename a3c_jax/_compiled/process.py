@@ -26,9 +26,17 @@ def switched_off() -> bool:
     return os.environ.get(PLAIN) == "1"
 
 
+def debugging() -> bool:
+    """Whether the user looks for a mistake in the functions themselves, by `jax.disable_jit` or `jax_debug_nans`."""
+    return bool(jax.config.jax_disable_jit or jax.config.jax_debug_nans)
+
+
 def enabled() -> bool:
-    """Whether programs are made faster than `jax.jit` makes them: on a CPU, unless `A3C_JAX_PLAIN=1`."""
-    return not switched_off() and jax.default_backend() == "cpu"
+    """Whether programs are made faster than `jax.jit` makes them.
+
+    They are on a CPU, unless `A3C_JAX_PLAIN=1`, or the user is debugging.
+    """
+    return not switched_off() and not debugging() and jax.default_backend() == "cpu"
 
 
 def prepare_process() -> None:
