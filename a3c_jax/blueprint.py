@@ -132,8 +132,9 @@ def check_parts(
     )
     # Traced once, so that errors of a loss or an algorithm come before anything is compiled. Whoever has disabled
     # compilation wants to look at numbers in their functions, of which a traced function sees none.
+    settings: Any = jax.config
     is_own = loss is not None or algorithm is not None or config.algorithm != "a3c"
-    if is_own and not jax.config.jax_disable_jit:
+    if is_own and not settings.jax_disable_jit:
         check_traceable(describe(config, parts), config.learning_rate)
     return parts
 

@@ -106,8 +106,7 @@ class DebuggedFunction(PlainFunction):
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._is_uncompiled = bool(jax.config.jax_disable_jit)
-        self._looks_for_nans = bool(jax.config.jax_debug_nans)
+        self._is_uncompiled, self._looks_for_nans = process.debugging_settings()
         self._function = jax.jit(function)
 
     def __call__(self, *arguments: Any) -> Any:

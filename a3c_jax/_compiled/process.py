@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from typing import Any
 
 import jax
 
@@ -28,7 +29,13 @@ def switched_off() -> bool:
 
 def debugging() -> bool:
     """Whether the user looks for a mistake in the functions themselves, by `jax.disable_jit` or `jax_debug_nans`."""
-    return bool(jax.config.jax_disable_jit or jax.config.jax_debug_nans)
+    return any(debugging_settings())
+
+
+def debugging_settings() -> tuple[bool, bool]:
+    """Whether compilation is disabled in this thread, and whether JAX looks for NaNs."""
+    settings: Any = jax.config
+    return bool(settings.jax_disable_jit), bool(settings.jax_debug_nans)
 
 
 def enabled() -> bool:
