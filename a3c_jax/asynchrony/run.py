@@ -1,5 +1,6 @@
 """One run of a program: what `train` with its threads and `replay` with its loop have in common."""
 
+import functools
 import time
 from typing import Any, TypeVar
 
@@ -76,6 +77,11 @@ class Run:
             return 0
         limit = self.program.config.max_updates
         return None if limit is None else max(0, limit - self.version)
+
+    @functools.cached_property
+    def _versions(self) -> dict[str, str]:
+        """What made the run. Looked up once, because counting threads takes milliseconds."""
+        return library_versions()
 
     def start_clock(self) -> None:
         """Starts counting the seconds of training."""
@@ -205,7 +211,7 @@ class Run:
             best_params=params if best[0] is None else name_leaves(_compiled.unpack(best[1])),
             best_mean_return=best[0],
             seconds=seconds,
-            versions=library_versions(),
+            versions=self._versions,
             single_kernel=self.program.single_kernel,
             objects=self.program.objects,
             in_flight={
