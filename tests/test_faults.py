@@ -2,7 +2,6 @@
 
 import asyncio
 import builtins
-import contextlib
 import errno
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import usual_ctrl_c
 from small_runs import (
     WALK,
     Walk,
@@ -289,16 +289,6 @@ def test_a_run_folder_that_disappears_costs_warnings(tmp_path):
 
 
 # Interruptions, wherever they come.
-
-
-@contextlib.contextmanager
-def usual_ctrl_c():
-    """A shell that starts the tests in the background has them ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Interrupts:

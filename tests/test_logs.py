@@ -1,16 +1,15 @@
 """Logs: rows stay in order, what was read never changes, and a file holds them whatever happens to it."""
 
 import ast
-import contextlib
 import os
 import re
-import resource
 import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from faults import no_file_larger_than, no_more_file_handles
 
 from a3c_jax.asynchrony.logs import Log, StoredLog, map_rows
 from a3c_jax.asynchrony.records import Schedule, make_episode_log, make_schedule_log
@@ -220,17 +219,6 @@ def test_a_file_that_is_too_short_or_missing_cannot_be_mapped(tmp_path):
         map_rows(StoredLog(tmp_path / "none", 5, 0), make().dtype)
 
 
-@contextlib.contextmanager
-def no_file_larger_than(size):
-    """A write stops where the limit is, in the middle of a row, and the next one is an OSError, as on a full disk."""
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-
-
 def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path):
     log = make()
     log.keep_in(tmp_path / "log")
@@ -247,16 +235,6 @@ def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path):
     log.flush()
     assert_file_holds(tmp_path / "log", range(22))
     assert_squares(log.read(), np.arange(22))
-
-
-@contextlib.contextmanager
-def no_more_file_handles():
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_rows_are_written_once_when_the_process_has_no_file_handle_left(tmp_path):

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from test_logs import no_file_larger_than
+from faults import no_file_larger_than
 
 from a3c_jax.asynchrony.json_lines import JsonLines
 from a3c_jax.asynchrony.metrics import Counters, ProgressBar, Report, Totals

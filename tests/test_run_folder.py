@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_faults import usual_ctrl_c
-from test_logs import no_file_larger_than
+from faults import no_file_larger_than, usual_ctrl_c
 
 import a3c_jax
 from a3c_jax import CheckpointFolder, find_checkpoint

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from faults import usual_ctrl_c
 from test_parameters import is_held
 
 from a3c_jax.asynchrony.parameters import SharedParameters
@@ -500,13 +501,9 @@ def test_ctrl_c_is_noticed_even_where_python_drops_exceptions():
                 pass  # the handler runs here, where an exception would be ignored
 
     threads = WorkerThreads(count, make_store(), [0] * 2)
-    # A shell that starts the tests in the background has them ignore SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with usual_ctrl_c():
         with pytest.raises(KeyboardInterrupt) as caught:
             threads.run(lambda: Interrupting() and None, interval=0.01)
         assert caught.value.args == (signal.SIGINT,)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert_no_worker_is_alive()
