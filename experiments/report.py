@@ -13,8 +13,9 @@ from flax import serialization
 import a3c_jax
 import experiments
 from a3c_jax.asynchrony.signals import raise_noted
+from a3c_jax.asynchrony.whole_files import writing_whole
 from experiments.command_line import Options
-from experiments.run_folder import write_json, writing_whole
+from experiments.run_folder import write_json
 
 Evaluations = dict[str, dict[str, float]]
 
@@ -47,28 +48,28 @@ def report(
     print_training(result, steps_before)
     parts = " + ".join(f"{n} {seconds[n]:.1f}" for n in ("import", "setup", "compile", "train"))
     print(f"  seconds: {parts} = {seconds['until_trained']:.1f}")
-    losses = _Losses(run_dir)
+    writer = _Writer(run_dir)
     # Before the evaluation, so that they are there if that is interrupted.
-    losses.write(lambda: save_params(result, run_dir))
-    losses.write(lambda: write_json(run_dir / "summary.json", summary))
+    writer.write(lambda: save_params(result, run_dir))
+    writer.write(lambda: write_json(run_dir / "summary.json", summary))
     with _saying_what_is_saved(run_dir):
         evaluations = evaluate_policies(result, options.evaluation_episodes)
         print_evaluation(evaluations)
-        losses.write(lambda: _draw(result, run_dir, evaluations, plot_options))
+        writer.write(lambda: _draw(result, run_dir, evaluations, plot_options))
         if options.gif:
             from experiments.animation import animate
 
-            losses.write(lambda: animate(run_dir / "play.gif", result))
+            writer.write(lambda: animate(run_dir / "play.gif", result))
         raise_noted()
-    losses.write(
+    writer.write(
         lambda: write_json(run_dir / "summary.json", summary | {"evaluation": evaluations})
     )
-    losses.report()
+    writer.end()
     print(f"run folder: {run_dir}")
 
 
-class _Losses:
-    """What could not be written to the run folder. The rest is written all the same."""
+class _Writer:
+    """Writes one thing after the other to the run folder, and notes what cannot be written."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -80,7 +81,7 @@ class _Losses:
         except OSError as error:
             self._lost.append((write, error))
 
-    def report(self) -> None:
+    def end(self) -> None:
         """Tries once more to write what could not be written, and ends the process if something is lost.
 
         Raises:

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import a3c_jax
 from a3c_jax.asynchrony.signals import noted_signals
+from a3c_jax.asynchrony.whole_files import writing_whole
 
 
 def check_is_new(run_dir: Path | None) -> None:
@@ -56,22 +57,6 @@ def _belongs_to(line: bytes, environment_steps: int) -> bool:
         return line.endswith(b"\n") and json.loads(line)["environment_steps"] <= environment_steps
     except (KeyError, TypeError, ValueError, RecursionError):
         return False
-
-
-@contextlib.contextmanager
-def writing_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to in the block. It is there afterwards with all of it, or as it was before."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:

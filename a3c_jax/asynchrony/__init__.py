@@ -2,6 +2,7 @@
 
 | module        | what lives there                                                                     |
 |---------------|--------------------------------------------------------------------------------------|
+| `whole_files` | files that are there as a whole or not at all                                           |
 | `logs`        | rows that are only added at the end, in memory or in a file                            |
 | `records`     | what is logged: who made each update, and every episode                                |
 | `parameters`  | `SharedParameters`, the store: parameters, optimizer state and version under one lock  |

@@ -9,7 +9,6 @@ What grows with a run, its schedule and its episodes, is in two files beside the
 in a run's last hour as in its first.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from a3c_jax.asynchrony.logs import StoredLog, as_columns, map_rows
 from a3c_jax.asynchrony.records import EpisodeLog, Schedule, make_episode_log, make_schedule_log
 from a3c_jax.asynchrony.thread_pools import thread_counts
 from a3c_jax.asynchrony.trees import Named
+from a3c_jax.asynchrony.whole_files import writing_whole
 from a3c_jax.config import A3CConfig
 
 FORMAT = 3
@@ -151,23 +151,9 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "config": checkpoint.config.as_dict(),
     }
     header = {"what": _MAGIC, "format": FORMAT, "sha256": _checksum(run, payload), "run": run}
-    _write_whole(path, json.dumps(header).encode() + b"\n", payload)
-
-
-def _write_whole(path: Path, *parts: bytes) -> None:
-    """Writes a file so that it is there as a whole or not at all, whatever happens meanwhile."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "wb") as file:
-            for part in parts:  # one by one, because joining them would copy them
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
+    with writing_whole(path) as file:
+        file.write(json.dumps(header).encode() + b"\n")
+        file.write(payload)
     if os.name == "posix":  # the name itself must reach the disk as well
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -168,9 +168,8 @@ class CheckpointFolder:
             self._logs = logs
             self._earlier = None if resume is None else resume.logs
             try:
-                with contextlib.suppress(
-                    OSError
-                ):  # tried again, with a warning, when a checkpoint is saved
+                # If it fails, it is tried again, with a warning, when a checkpoint is saved.
+                with contextlib.suppress(OSError):
                     self._open_logs()
                 yield
             finally:

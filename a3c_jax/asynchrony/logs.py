@@ -4,6 +4,7 @@ A log's file holds its rows and nothing else, one after the other, so that NumPy
 `np.memmap(path, dtype, "r")`, with the dtype that docs/reliability.md lists.
 """
 
+import contextlib
 import os
 import shutil
 import struct
@@ -14,6 +15,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from a3c_jax.asynchrony.whole_files import writing_whole
 
 Rows = TypeVar("Rows", bound=tuple[np.ndarray, ...])
 
@@ -192,27 +195,18 @@ class LogFile:
 
     def __init__(self, path: Path, rows: np.ndarray, earlier: StoredLog | None = None) -> None:
         self.path, self._dtype = path, rows.dtype
-        self.rows = self.crc32 = 0
-        if earlier is not None and _is_exactly(path, earlier.path, rows.nbytes):
+        self.rows, self.crc32 = len(rows), 0
+        is_there = earlier is not None and _is_exactly(path, earlier.path, rows.nbytes)
+        with contextlib.nullcontext() if is_there else writing_whole(path) as file:
             for block in _blocks(rows):
                 self.crc32 = zlib.crc32(block, self.crc32)
-            self.rows = len(rows)
-            self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (closed by close)
-        else:
-            # Written aside and renamed: who has mapped the file that was there keeps what he mapped.
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            self._file = open(partial, "w+b", buffering=0)  # noqa: SIM115
-            try:
-                for block in _blocks(rows):
-                    self.append(block)
-                self.sync()
-                self._check(earlier)
-                os.replace(partial, path)
-            except BaseException:
-                self._file.close()
-                partial.unlink(missing_ok=True)
-                raise
-        self._check(earlier)
+                if file is not None:
+                    file.write(block.data)
+            if earlier is not None and self.crc32 != earlier.crc32:
+                raise ValueError(
+                    f"{earlier.path} is damaged: the checksum of its first {earlier.rows:,} rows does not match."
+                )
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (closed by close)
 
     def append(self, rows: np.ndarray) -> None:
         """Writes rows at the end. If that fails, the next call writes where this one began."""
@@ -226,10 +220,8 @@ class LogFile:
 
     def map(self) -> np.ndarray:
         """The rows, mapped from the file; read from it if the process has no file handle left for that."""
-        if not self.rows:
-            return np.empty(0, self._dtype)
         try:
-            return np.asarray(np.memmap(self._file, self._dtype, "r", shape=(self.rows,)))
+            return _mapped(self._file, self.rows, self._dtype)
         except OSError:
             self._file.seek(0)
             return np.frombuffer(self._file.read(self.rows * self._dtype.itemsize), self._dtype)
@@ -251,13 +243,6 @@ class LogFile:
     def close(self) -> None:
         self._file.close()
 
-    def _check(self, earlier: StoredLog | None) -> None:
-        if earlier is not None and self.crc32 != earlier.crc32:
-            self._file.close()
-            raise ValueError(
-                f"{earlier.path} is damaged: the checksum of its first {earlier.rows:,} rows does not match."
-            )
-
 
 def map_rows(stored: StoredLog, dtype: np.dtype) -> np.ndarray:
     """The rows of a log, mapped from its file: nothing is read before somebody looks at it.
@@ -271,9 +256,7 @@ def map_rows(stored: StoredLog, dtype: np.dtype) -> np.ndarray:
         raise ValueError(
             f"{stored.path} must have {stored.rows:,} rows of {dtype.itemsize} bytes, got {size:,} bytes."
         )
-    if not stored.rows:
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(stored.path, dtype, "r", shape=(stored.rows,)))
+    return _mapped(stored.path, stored.rows, dtype)
 
 
 def as_columns(form: type[Rows], rows: np.ndarray) -> Rows:
@@ -282,6 +265,11 @@ def as_columns(form: type[Rows], rows: np.ndarray) -> Rows:
     for view in views:
         view.flags.writeable = False
     return form(*views)
+
+
+def _mapped(file: Any, rows: int, dtype: np.dtype) -> np.ndarray:
+    """So many rows of a file, which is open or given by its path. A file without any cannot be mapped."""
+    return np.asarray(np.memmap(file, dtype, "r", shape=(rows,))) if rows else np.empty(0, dtype)
 
 
 def _is_exactly(path: Path, earlier: Path, size: int) -> bool:
