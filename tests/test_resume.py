@@ -435,7 +435,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_pa
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["environment_steps"] == last.environment_steps
     assert summary["episodes"] == len(last.episodes.length)
-    assert not list(run_dir.glob("checkpoints/.*"))
+    assert not list(run_dir.glob("checkpoints/.*.partial"))
     returncode, output, errors = replayed(run_dir)
     assert (returncode, output[:10]) == (0, "identical:"), output + errors
 

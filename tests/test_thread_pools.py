@@ -141,7 +141,7 @@ def test_a_run_is_repeated_and_continued_on_another_number_of_cores_bit_for_bit(
     half, moved = tmp_path / "half", tmp_path / "moved"
     budget = ["--num-workers", 1, "--max-steps", steps // 2, *QUICK]
     run(own, module, *options, *budget, "--run-dir", half)
-    file = max((half / "checkpoints").glob("*"))
+    file = max((half / "checkpoints").glob("*.checkpoint"))
     run(other, module, "--max-steps", steps, *QUICK, "--resume", file, "--run-dir", moved)
     before, after = find_checkpoint(half), find_checkpoint(moved)
     assert before.versions == after.versions
