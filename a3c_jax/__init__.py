@@ -18,13 +18,21 @@ A worker is a pure function; asynchrony is a thin shell around it. The package h
 | `torsos`              | the first layers of a network: dense or convolutional                         |
 | `networks`            | `ActorCritic`: torso, recurrent core, heads                                   |
 | `action_values`       | a network that gives the value of every action; epsilon-greedy                |
+| `spaces`              | spaces of observations and actions in this package's terms                    |
 | `gymnax_environment`  | an environment of gymnax, side by side                                        |
+| `autoreset`           | Gymnasium's vector environments, however their episodes begin anew            |
+| `host_state`          | where the environments of a worker stand, if they are on the host             |
+| `host_environment`    | an environment of Gymnasium, stepped from Python                              |
+| `gymnasium_environments` | environments of Gymnasium and Atari by name                                |
 | `environments`        | `make(name)`: environments of gymnax and your own                             |
 | `rollout`             | the n-step unroll, `Trajectory`, the episodes that ended                      |
 | `algorithm`           | what a worker does: `Algorithm`, and A3C as one                               |
 | `q_learning`          | the paper's other three methods                                               |
 | `algorithms`          | algorithms by name                                                            |
 | `worker`              | `worker_step`: unroll, loss, gradients                                        |
+| `over_leaves`         | compiled functions of trees that hold large arrays                            |
+| `host_segment`        | a segment in environments on the host, while it is played                     |
+| `host_worker`         | the worker's step in environments on the host                                 |
 | `optimizers`          | optimizers by name, and one update as a pure function                         |
 | `reset_check`         | whether an environment begins anew when an episode has ended                  |
 | `checks`              | set-ups that would train without learning, refused                            |
@@ -108,8 +116,9 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = [
     "action_values", "algorithm", "algorithms", "asynchrony", "blueprint", "cells", "checks", "config", "distributions",
-    "environments", "gymnax_environment", "losses", "names", "networks", "normalization", "optimizers",
-    "own_checks", "protocol", "q_learning", "reset_check", "rollout", "rules", "torsos", "value_losses", "worker",
+    "autoreset", "environments", "gymnasium_environments", "gymnax_environment", "host_environment", "host_segment",
+    "host_state", "host_worker", "losses", "names", "networks", "normalization", "optimizers",
+    "over_leaves", "own_checks", "protocol", "q_learning", "reset_check", "rollout", "rules", "spaces", "torsos", "value_losses", "worker",
 ]  # fmt: skip
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

@@ -13,9 +13,11 @@ from a3c_jax.algorithm import Algorithm, Loss, MakeAlgorithm, a3c, add_shared
 from a3c_jax.algorithms import find_algorithm
 from a3c_jax.checks import check_setup
 from a3c_jax.config import A3CConfig, default_of
+from a3c_jax.host_environment import HostEnvironment
+from a3c_jax.host_worker import HostWorkerStep
 from a3c_jax.optimizers import Updater, make_optimizer, make_updater
 from a3c_jax.own_checks import check_loss, checked_algorithm, checked_optimizer
-from a3c_jax.worker import WorkerState, WorkerStep, make_differentiate, make_worker_step
+from a3c_jax.worker import WorkerState, make_differentiate, make_worker_step
 
 MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
 Optimizer: TypeAlias = optax.GradientTransformation | MakeOptimizer
@@ -27,7 +29,8 @@ class Blueprint(NamedTuple):
     Attributes:
       environment: what is played.
       network: the network that is trained.
-      worker_step: what each worker does again and again.
+      worker_step: what each worker does again and again, a `WorkerStep`; if the environment is on the host, a
+        `HostWorkerStep`.
       start: `start(seed, worker)` gives the initial state of a worker.
       init: `init(seed, observation)` gives the initial parameters. Only the observation's shape matters.
       optimizer: `optimizer(learning_rate)` gives an optax transformation of the parameter tree.
@@ -37,7 +40,7 @@ class Blueprint(NamedTuple):
 
     environment: environments.Environment
     network: Any
-    worker_step: WorkerStep
+    worker_step: Any
     start: Callable[[Any, Any], WorkerState]
     init: Callable[[Any, Any], Any]
     optimizer: MakeOptimizer
@@ -148,14 +151,7 @@ def describe(config: A3CConfig, parts: Parts) -> Blueprint:
     return Blueprint(
         environment=environment,
         network=algorithm.network,
-        worker_step=make_worker_step(
-            environment,
-            algorithm,
-            t_max=config.t_max,
-            discount=config.discount,
-            reward_clip=config.reward_clip,
-            terminal_reward=config.terminal_reward,
-        ),
+        worker_step=_make_step(config, environment, algorithm),
         start=_make_start(config, environment, algorithm),
         init=_make_init(config, environment, algorithm),
         optimizer=optimizer,
@@ -168,12 +164,27 @@ def describe(config: A3CConfig, parts: Parts) -> Blueprint:
     )
 
 
+def _make_step(config: A3CConfig, environment: Any, algorithm: Algorithm) -> Any:
+    """The worker step, for environments in JAX or on the host."""
+    is_host = isinstance(environment, HostEnvironment)
+    make: Callable[..., Any] = HostWorkerStep if is_host else make_worker_step
+    return make(
+        environment,
+        algorithm,
+        t_max=config.t_max,
+        discount=config.discount,
+        reward_clip=config.reward_clip,
+        terminal_reward=config.terminal_reward,
+    )
+
+
 def check_traceable(blueprint: Blueprint, learning_rate: float) -> None:
     """Traces one step of a worker and its update, so that what they raise is raised now."""
     seed, worker = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(blueprint.start, seed, worker)
     params = jax.eval_shape(blueprint.init, seed, state.observation)
-    gradients, _, _ = jax.eval_shape(blueprint.worker_step, params, state)
+    step = getattr(blueprint.worker_step, "rehearse", blueprint.worker_step)
+    gradients, _, _ = jax.eval_shape(step, params, state)
     updater = blueprint.updater(learning_rate)
     optimizer_state = jax.eval_shape(updater.init, params)
     jax.eval_shape(updater.update, gradients, optimizer_state, params, worker)

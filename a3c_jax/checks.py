@@ -17,6 +17,7 @@ from a3c_jax.action_values import EpsilonGreedy
 from a3c_jax.config import A3CConfig, default_of
 from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorical
 from a3c_jax.gymnax_environment import GymnaxEnvironment
+from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.networks import ActorCritic, NetworkFunctions, network_functions
 from a3c_jax.normalization import is_shape
 from a3c_jax.protocol import Environment
@@ -68,6 +69,9 @@ def check_setup(
     if not network_given:
         _check_torso(config, environment)
     action = _check_network(environment, network, observation, num_envs)
+    if isinstance(environment, HostEnvironment):  # what its step returns is seen when it is made
+        environment.check_copies(config.num_workers, num_envs)
+        return
     transition = jax.eval_shape(environment.step, key, state, action)
     _check_transition(environment, transition, observation, num_envs)
     if environment_given:

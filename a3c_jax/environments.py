@@ -1,15 +1,17 @@
-"""Environments by name, and objects with gymnax's interface, in one small batched protocol."""
+"""Environments by name, and objects with gymnax's or Gymnasium's interface, in one small batched protocol."""
 
 import difflib
 from typing import Any
 
+from a3c_jax.gymnasium_environments import make_host_environment
 from a3c_jax.gymnax_environment import GymnaxEnvironment
+from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.names import import_named, parse_name
 from a3c_jax.protocol import Environment, Transition
 
 import gymnax  # isort: skip  (the module above sets up the process first)
 
-__all__ = ["Environment", "GymnaxEnvironment", "Transition", "adapt", "make"]
+__all__ = ["Environment", "GymnaxEnvironment", "HostEnvironment", "Transition", "adapt", "make"]
 
 _VARIANTS = {"CartPole-v0": ("CartPole-v1", {"max_steps_in_episode": 200})}
 
@@ -18,16 +20,23 @@ _INTERFACE = ("reset", "step", "observation_space", "action_space")
 
 
 def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
-    """Turns an object with gymnax's interface into an `Environment`. One that is an `Environment` is returned as it is.
+    """Turns an object into an `Environment`. One that is an `Environment` already is returned as it is.
 
     Args:
-      environment: the object.
+      environment: an object with gymnax's interface; a `gymnasium.vector.VectorEnv`, or a function `make(num_envs)`
+        that makes one (`HostEnvironment`).
       action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
 
     Raises:
       TypeError: if the object lacks a part of both interfaces.
     """
     kind = type(environment).__name__
+    if isinstance(environment, HostEnvironment):
+        return environment  # type: ignore[return-value]
+    makes_one = callable(environment) and not hasattr(environment, "reset")
+    if makes_one or hasattr(environment, "single_observation_space"):
+        name = getattr(environment, "__name__", kind)
+        return HostEnvironment(name, environment, action_bounds=action_bounds)  # type: ignore[return-value]
     if hasattr(environment, "observation_shape"):
         missing = [name for name in _PROTOCOL if not hasattr(environment, name)]
         if missing:
@@ -45,15 +54,15 @@ def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
     not_methods = [name for name in _INTERFACE if not callable(getattr(environment, name))]
     if not_methods:
         raise TypeError(
-            f"environment must be written in JAX and have gymnax's interface, got {kind}, whose "
-            f"{not_methods[0]} is no method, as in Gymnasium's environments; use a gymnax environment, or "
-            "write it anew with jax.numpy (README.md has an example)."
+            f"environment must have gymnax's interface or be a gymnasium.vector.VectorEnv, got {kind}, whose "
+            f"{not_methods[0]} is no method, as in Gymnasium's single environments; give a function that makes a "
+            "vector of them, such as lambda num_envs: gymnasium.make_vec('CartPole-v1', num_envs)."
         )
     params = getattr(environment, "default_params", None)
     return GymnaxEnvironment(getattr(environment, "name", kind), environment, params, action_bounds)
 
 
-def make(name: str, *, action_bounds: str = "clip", **params: Any) -> GymnaxEnvironment:
+def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
     """Makes an environment from its name.
 
     >>> make("MemoryChain-bsuite?memory_length=10&num_bits=3").observation_shape
@@ -62,17 +71,20 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> GymnaxEnvi
     Args:
       name: the id of a registered gymnax environment, or `CartPole-v0`. `gymnax.register` adds one's own;
         `module:id` imports the module first, which registers it. Parameters may follow as in a URL: fields
-        of its gymnax `EnvParams`, such as `max_steps_in_episode`, or arguments of its constructor.
+        of its gymnax `EnvParams`, such as `max_steps_in_episode`, or arguments of its constructor. Names that begin
+        with `gymnasium:` or `ale:` are those of `a3c_jax.gymnasium_environments`.
       action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
       **params: more of these parameters.
 
     Returns:
-      The environment, for any number of copies side by side.
+      The environment, a `GymnaxEnvironment` or a `HostEnvironment`, for any number of copies side by side.
 
     Raises:
       ValueError: if no such environment is registered (the message names the nearest), if it has no such
         parameter, or if its spaces are not supported.
     """
+    if str(name).startswith(("gymnasium:", "ale:")):
+        return make_host_environment(name, action_bounds, **params)
     module, base, named = parse_name(
         "environment", name, "MemoryChain-bsuite?memory_length=10&num_bits=3"
     )

@@ -1,14 +1,11 @@
 """gymnax's environments, and those with gymnax's interface, in the package's batched protocol."""
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from a3c_jax import _compiled
+from a3c_jax import _compiled, spaces
 from a3c_jax.protocol import Transition
 
 _compiled.prepare_process()  # before gymnax, which starts JAX's backend when it is imported
@@ -58,10 +55,10 @@ class GymnaxEnvironment:
         self.params = params
         self.action_bounds = action_bounds
         self.observation_space = environment.observation_space(params)
-        self.observation_shape = _shape(name, self.observation_space)
+        self.observation_shape = spaces.observation_shape(name, self.observation_space)
         self._actions = environment.action_space(params)
         self.continuous = hasattr(self._actions, "low")
-        self.num_actions = _num_actions(name, self._actions)
+        self.num_actions = spaces.num_actions(name, self._actions)
         kind = type(environment)  # a wrapper has the parts too, but they are those of what it wraps
         self.resets_in_gymnax = isinstance(environment, GymnaxBase) and (
             (kind.step, kind.reset) == (GymnaxBase.step, GymnaxBase.reset)
@@ -84,18 +81,16 @@ class GymnaxEnvironment:
     def step(self, key: Array, state: Any, action: Array) -> Transition:
         """See `a3c_jax.environments.Environment`."""
         num_envs = action.shape[0]
-        action = self._fit(action) if self.continuous else _decode(self._actions, action)
+        if self.continuous:
+            action = spaces.fit(self._actions, action, self.action_bounds)
+        else:
+            action = spaces.decode(self._actions, action)
         step = self._step_in_parts if self.resets_in_gymnax else self._step_whole
         return step(jax.random.split(key, num_envs), state, action)
 
     def random_action(self, key: Array, num_envs: int) -> Array:
         """See `a3c_jax.environments.Environment`."""
-        num_actions: Any = self.num_actions
-        if not self.continuous:
-            shape = (num_envs, *np.shape(num_actions))
-            return jax.random.randint(key, shape, 0, jnp.asarray(num_actions))
-        uniform = jax.random.uniform(key, (num_envs, num_actions), minval=-1.0, maxval=1.0)
-        return jnp.arctanh(0.999999 * uniform) if self.action_bounds == "tanh" else uniform
+        return spaces.random_action(self, key, num_envs)
 
     def _step_in_parts(self, keys: Array, state: Any, action: Any) -> Transition:
         keys = jax.vmap(jax.random.split)(keys)
@@ -143,82 +138,8 @@ class GymnaxEnvironment:
             self._encode(info["final_observation"]),
         )
 
-    def _fit(self, action: Array) -> Array:
-        """Real numbers `[N, D]` as the environment's own actions `[N, *shape]`."""
-        shape = self._actions.shape
-        low, high = (
-            jnp.broadcast_to(bound, shape) for bound in (self._actions.low, self._actions.high)
-        )
-        action = action.reshape(action.shape[0], *shape)
-        bounded = jnp.isfinite(low) & jnp.isfinite(high)
-        middle, half = (
-            jnp.where(bounded, (high + low) / 2, 0),
-            jnp.where(bounded, (high - low) / 2, 1),
-        )
-        fitted = jnp.tanh(action) if self.action_bounds == "tanh" else jnp.clip(action, -1.0, 1.0)
-        return jnp.where(bounded, middle + half * fitted, action)
-
     def _encode(self, observation: Any) -> Any:
-        return _encode(self.observation_space, observation)
-
-
-def _shape(name: str, space: Any) -> Any:
-    """The shape of an encoded observation; a dict or tuple of shapes if the space has parts."""
-    if hasattr(space, "n"):
-        return (int(space.n),)
-    if hasattr(space, "low"):
-        return tuple(int(size) for size in space.shape)
-    parts = getattr(space, "spaces", None)
-    if isinstance(parts, Mapping):
-        return {key: _shape(name, part) for key, part in parts.items()}
-    if isinstance(parts, tuple | list):
-        return tuple(_shape(name, part) for part in parts)
-    raise ValueError(
-        f"environment {name!r} has the observation space {space}, but only Box, Discrete, Dict and Tuple "
-        "observations are supported; turn them into one of those first."
-    )
-
-
-def _encode(space: Any, observation: Any) -> Any:
-    """The observation as the network sees it: categories are one-hot, and everything else is as it was."""
-    if hasattr(space, "n"):
-        return jax.nn.one_hot(observation, int(space.n))
-    if hasattr(space, "low"):
-        return observation
-    if isinstance(space.spaces, Mapping):
-        return {key: _encode(part, observation[key]) for key, part in space.spaces.items()}
-    return tuple(
-        _encode(part, piece) for part, piece in zip(space.spaces, observation, strict=True)
-    )
-
-
-def _num_actions(name: str, space: Any) -> int | tuple[int, ...]:
-    """The `num_actions` of an environment with this action space."""
-    if hasattr(space, "n"):
-        return int(space.n)
-    if hasattr(space, "low"):
-        return math.prod(space.shape)
-    parts = getattr(space, "spaces", ())
-    parts = list(parts.values() if isinstance(parts, Mapping) else parts)
-    if all(hasattr(part, "n") for part in parts):
-        sizes = getattr(space, "nvec", [part.n for part in parts])
-        if np.ndim(sizes) == 1 and len(sizes) > 0:
-            return tuple(int(size) for size in sizes)
-    raise ValueError(
-        f"environment {name!r} has the action space {space}, but only Discrete and Box actions, Dict and Tuple "
-        "of Discrete, and one-dimensional MultiDiscrete are supported; flatten them into one of those first."
-    )
-
-
-def _decode(space: Any, action: Array) -> Any:
-    """Discrete actions `[N]` or `[N, D]` as the environment's own."""
-    parts = getattr(space, "spaces", None)
-    if isinstance(parts, Mapping):
-        return {key: _decode(part, action[:, d]) for d, (key, part) in enumerate(parts.items())}
-    if parts is not None:
-        return tuple(_decode(part, action[:, d]) for d, part in enumerate(parts))
-    # Gymnasium's spaces of integers may begin at another number than zero.
-    return action + space.start if hasattr(space, "start") else action
+        return spaces.encode(self.observation_space, observation)
 
 
 def _expand(flags: Array, ndim: int) -> Array:

@@ -1,20 +1,19 @@
 """The losses of advantage actor-critic: pure functions on arrays.
 
-Notation, after rlax: `_tm1` marks what belongs to the moment *before* a transition (the observation,
-the action taken there, its value), `_t` what belongs to the moment *after* it (the reward, the
-discount, the value of the observation that followed). Arrays are time-major: `[T, ...]`, with any
-trailing batch dimensions.
+Notation, after rlax: `_tm1` marks what belongs to the moment *before* a transition (the observation, the action taken
+there, its value), `_t` what belongs to the moment *after* it (the reward, the discount, the value of the observation
+that followed). Arrays are time-major: `[T, ...]`, with any trailing batch dimensions.
 
 Three rules hold throughout.
 
-* `v_t` is the value of the observation that *followed* the action, before any reset. It is never the
-  value of the first observation of the next episode.
-* A termination and a time limit differ. `discount_t = discount * (1 - terminated_t)` makes the future
-  worth nothing; `lambda_t = 1 - truncated_t` cuts the return there and bootstraps from `v_t` instead.
-  If both happen at once, the discount is zero, so that the termination wins.
-* Losses are means over every step. The paper accumulates a sum over the t_max steps of one environment
-  instead, whose gradient is T times that of the mean, so that a paper's learning rate for plain SGD is T
-  times smaller than ours. Adam and RMSProp divide the scale out again, except for their epsilon.
+* `v_t` is the value of the observation that *followed* the action, before any reset. It is never the value of the first
+  observation of the next episode.
+* A termination and a time limit differ. `discount_t = discount * (1 - terminated_t)` makes the future worth nothing;
+  `lambda_t = 1 - truncated_t` cuts the return there and bootstraps from `v_t` instead. If both happen at once, the
+  discount is zero, so that the termination wins.
+* Losses are means over every step. The paper accumulates a sum over the t_max steps of one environment instead, whose
+  gradient is T times that of the mean, so that a paper's learning rate for plain SGD is T times smaller than ours. Adam
+  and RMSProp divide the scale out again, except for their epsilon.
 """
 
 from collections.abc import Callable
@@ -72,8 +71,8 @@ def n_step_returns(
     .. math::
       G_{t-1} = r_t + \gamma_t \left( (1 - \lambda_t) v_t + \lambda_t G_t \right)
 
-    With `lambda_t = 1` everywhere this is the n-step return of A3C: the first step looks T steps ahead,
-    the last one step. A segment may hold several episodes.
+    With `lambda_t = 1` everywhere this is the n-step return of A3C: the first step looks T steps ahead, the last one.
+    A segment may hold several episodes.
 
     >>> n_step_returns(jnp.array([1., 1., 1.]), jnp.array([.5, 0., .5]), jnp.array([9., 9., 4.]))
     Array([1.5, 1. , 3. ], dtype=float32)
@@ -82,8 +81,7 @@ def n_step_returns(
       r_t: rewards, `[T, ...]`, float.
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       v_t: values of the observations that followed each action, before any reset, `[T, ...]`, float.
-      lambda_t: `1 - truncated_t`, `[T, ...]` or a scalar. A constant below one gives the lambda-return
-        (the return of generalised advantage estimation).
+      lambda_t: `1 - truncated_t`, `[T, ...]` or a scalar. A constant below one gives the lambda-return.
 
     Returns:
       The return of each step, `[T, ...]`. It is differentiable: the losses below stop the gradient.
@@ -96,19 +94,14 @@ def n_step_returns(
     """
     if jnp.ndim(lambda_t) == 0:
         lambda_t = jnp.full_like(r_t, lambda_t)
-    r_t, discount_t, v_t, lambda_t = _as_floats(
-        r_t=r_t, discount_t=discount_t, v_t=v_t, lambda_t=lambda_t
-    )
+    arrays = _as_floats(r_t=r_t, discount_t=discount_t, v_t=v_t, lambda_t=lambda_t)
 
-    def backwards(g_t: Array, step: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+    def backwards(g_t: Array, step: tuple[Array, ...]) -> tuple[Array, Array]:
         r, discount, v, lambda_ = step
         g_tm1 = r + discount * ((1.0 - lambda_) * v + lambda_ * g_t)
         return g_tm1, g_tm1
 
-    _, returns_tm1 = jax.lax.scan(
-        backwards, v_t[-1], (r_t, discount_t, v_t, lambda_t), reverse=True
-    )
-    return returns_tm1
+    return jax.lax.scan(backwards, arrays[2][-1], tuple(arrays), reverse=True)[1]
 
 
 def n_step_advantages(
@@ -226,8 +219,8 @@ def explained_variance(v_tm1: Array, return_tm1: Array) -> Array:
     .. math::
       1 - \frac{\text{Var}[G - v]}{\text{Var}[G]}
 
-    One means a perfect critic, zero one that is no better than a constant, and less than zero one that is
-    worse. If the returns do not vary, it is zero.
+    One means a perfect critic, zero one that is no better than a constant, and less than zero one that is worse. If the
+    returns do not vary, it is zero.
 
     >>> explained_variance(jnp.array([1., 2.]), jnp.array([1., 3.]))
     Array(0.75, dtype=float32)
@@ -267,40 +260,44 @@ def a3c_loss(
 
     Args:
       params: the parameters to differentiate: any tree, Flax's for instance.
-      apply_fn: `apply_fn(params, trajectory) -> (distribution_tm1, v_tm1, v_t)`: the policy's
-        distribution and the value at every observation acted upon, and the value of every observation
-        that followed. `a3c_jax.networks.trajectory_apply(network)` makes one from a Flax network.
-      trajectory: anything with `action_tm1`, `reward_t`, `terminated_t` and `truncated_t`, each
-        `[T, ...]`, and whatever `apply_fn` reads: `a3c_jax.rollout.Trajectory` for instance. Continuous
-        actions, and several discrete ones at once, have one more dimension, over which the
-        distribution's `log_prob` sums.
+      apply_fn: `apply_fn(params, trajectory) -> (distribution_tm1, v_tm1, v_t)`: the policy's distribution and the
+        value at every observation acted upon, and the value of every observation that followed.
+        `a3c_jax.networks.trajectory_apply(network)` makes one from a Flax network.
+      trajectory: anything with `action_tm1`, `reward_t`, `terminated_t` and `truncated_t`, each `[T, ...]`, and
+        whatever `apply_fn` reads: `a3c_jax.rollout.Trajectory` for instance. Continuous actions, and several
+        discrete ones at once, have one more dimension, over which the distribution's `log_prob` sums. Means
+        leave out the steps where `valid_tm1`, `[T, ...]` bool, is False, if it has that.
       discount: the factor gamma, per step, in [0, 1].
-      critic_cost: the weight of `critic_loss`. With the half inside that loss, 0.5 gives the
-        `0.25 (R - V)^2` that the common implementations share; the paper names no value.
+      critic_cost: the weight of `critic_loss`. With the half inside that loss, 0.5 gives the `0.25 (R - V)^2` that
+        the common implementations share; the paper names no value.
       entropy_cost: the weight of `entropy_loss`, the paper's beta.
       lambda_: 1 for A3C's n-step returns; less for generalised advantage estimation, in [0, 1].
 
     Returns:
-      The scalar loss and its parts: `loss`, `actor_loss`, `critic_loss`, `entropy_loss`, `entropy`
-      (the mean entropy, in nats: minus `entropy_loss`), `mean_advantage` and `explained_variance`.
+      The scalar loss and its parts: `loss`, `actor_loss`, `critic_loss`, `entropy_loss`, `entropy` (the mean
+      entropy, in nats: minus `entropy_loss`), `mean_advantage` and `explained_variance`.
 
     Raises:
       AssertionError: if shapes differ or an array is not of floats.
 
-    Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3; generalised advantage
-    estimation is that of Schulman et al. 2016, arXiv:1506.02438.
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3; generalised advantage estimation is
+    that of Schulman et al. 2016, arXiv:1506.02438.
     """
     distribution_tm1, v_tm1, v_t = apply_fn(params, trajectory)
-    r_t = trajectory.reward_t
+    r_t, valid_tm1 = trajectory.reward_t, getattr(trajectory, "valid_tm1", ())
     discount_t = discount * (1.0 - trajectory.terminated_t.astype(r_t.dtype))
     lambda_t = lambda_ * (1.0 - trajectory.truncated_t.astype(r_t.dtype))
     r_t, v_tm1 = _as_floats(r_t=r_t, v_tm1=v_tm1)
+    r_t = _where_valid(valid_tm1, r_t, jax.lax.stop_gradient(v_tm1))  # this return teaches nothing
+    discount_t = _where_valid(valid_tm1, discount_t, 0.0)
     return_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
     advantage_tm1 = return_tm1 - v_tm1
 
-    actor = actor_loss(distribution_tm1.log_prob(trajectory.action_tm1), advantage_tm1)
-    critic = critic_loss(v_tm1, return_tm1)
-    entropy = entropy_loss(distribution_tm1.entropy())
+    log_prob_tm1 = distribution_tm1.log_prob(trajectory.action_tm1)
+    actor = _over_valid(valid_tm1, actor_loss(log_prob_tm1, advantage_tm1))
+    critic = _over_valid(valid_tm1, critic_loss(v_tm1, return_tm1))
+    entropy_tm1 = _where_valid(valid_tm1, distribution_tm1.entropy(), 0.0)
+    entropy = _over_valid(valid_tm1, entropy_loss(entropy_tm1))
     loss = actor + critic_cost * critic + entropy_cost * entropy
     return loss, {
         "loss": loss,
@@ -308,6 +305,16 @@ def a3c_loss(
         "critic_loss": critic,
         "entropy_loss": entropy,
         "entropy": -entropy,
-        "mean_advantage": jnp.mean(advantage_tm1),
+        "mean_advantage": _over_valid(valid_tm1, jnp.mean(advantage_tm1)),
         "explained_variance": explained_variance(v_tm1, return_tm1),
     }
+
+
+def _where_valid(valid: Any, x: Array, otherwise: Any) -> Array:
+    """`x` where steps are valid; everywhere if all are, so that `valid` is `()`."""
+    return x if isinstance(valid, tuple) else jnp.where(valid, x, otherwise)
+
+
+def _over_valid(valid: Any, mean: Array) -> Array:
+    """The mean over valid steps, from one over all steps to which the others add zero."""
+    return mean if isinstance(valid, tuple) else mean / jnp.maximum(jnp.mean(valid), 1e-8)

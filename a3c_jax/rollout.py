@@ -30,6 +30,9 @@ class Trajectory(NamedTuple):
       log_prob_tm1: the log-probability of the action under the policy that chose it, `[T, N]` float32, in nats.
         A loss that compares that policy with the current one reads it. If the loss does not, the compiler leaves
         it out.
+      valid_tm1: False at a step that only began an environment's next episode, so that its action did nothing and
+        the losses leave it out, `[T, N]` bool. `()` if every step counts, as in all environments but those of
+        Gymnasium whose autoreset is NextStep.
     """
 
     observation_tm1: Any
@@ -40,6 +43,7 @@ class Trajectory(NamedTuple):
     observation_t: Any
     carry: Any = ()
     log_prob_tm1: Any = ()
+    valid_tm1: Any = ()
 
 
 class Episodes(NamedTuple):

@@ -48,16 +48,13 @@ class Segment(NamedTuple):
 
 WorkerStep: TypeAlias = Callable[[Any, WorkerState], tuple[Any, WorkerState, Statistics]]
 Differentiate: TypeAlias = Callable[[Any, Segment], tuple[Any, Metrics]]
+Learn: TypeAlias = Callable[
+    [Any, WorkerState, rollout.Trajectory, rollout.Episodes], tuple[Any, WorkerState, Statistics]
+]
 
 
 def make_worker_step(
-    environment: Environment,
-    algorithm: Algorithm,
-    *,
-    t_max: int,
-    discount: Any,
-    reward_clip: Any = None,
-    terminal_reward: Any = None,
+    environment: Environment, algorithm: Algorithm, *, t_max: int, **rewards: Any
 ) -> WorkerStep:
     """Makes the function that each worker calls again and again.
 
@@ -65,15 +62,13 @@ def make_worker_step(
       environment: what to play.
       algorithm: how to choose actions, and what to minimise.
       t_max: the number of steps played in each environment between two updates.
-      discount: the discount factor gamma, per step, of the returns whose deviation normalises rewards.
-      reward_clip: if given, the loss sees rewards clipped to [-reward_clip, reward_clip].
-      terminal_reward: if given, the loss sees it as the reward of each step that terminated an episode.
+      **rewards: see `make_learn`.
 
     Returns:
       `worker_step(params, state) -> (gradients, state, statistics)`, a pure function. If the algorithm learns at
       the newest parameters, the segment itself takes the place of the gradients.
     """
-    differentiate = make_differentiate(algorithm)
+    learn = make_learn(algorithm, **rewards)
 
     def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, Statistics]:
         fresh_carry = algorithm.initialize_carry(len(state.episode_return))
@@ -82,7 +77,34 @@ def make_worker_step(
             return algorithm.act(params, key, observation, carry, state.own)
 
         state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max, fresh_carry)
+        return learn(params, state, trajectory, episodes)
 
+    return worker_step
+
+
+def make_learn(
+    algorithm: Algorithm, *, discount: Any, reward_clip: Any = None, terminal_reward: Any = None
+) -> Learn:
+    """Makes the second half of a worker's step: from a segment to the gradients of its loss.
+
+    Args:
+      algorithm: what to minimise.
+      discount: the discount factor gamma, per step, of the returns whose deviation normalises rewards.
+      reward_clip: if given, the loss sees rewards clipped to [-reward_clip, reward_clip].
+      terminal_reward: if given, the loss sees it as the reward of each step that terminated an episode.
+
+    Returns:
+      `learn(params, state, trajectory, episodes) -> (gradients, state, statistics)`, a pure function. Its state is
+      the one at the segment's end.
+    """
+    differentiate = make_differentiate(algorithm)
+
+    def learn(
+        params: Any,
+        state: WorkerState,
+        trajectory: rollout.Trajectory,
+        episodes: rollout.Episodes,
+    ) -> tuple[Any, WorkerState, Statistics]:
         # If the parameters hold running moments, the gradients carry the moments of this segment.
         running_moments = normalization.get_statistics(params)
         segment_moments: dict[str, Any] = {}
@@ -106,7 +128,7 @@ def make_worker_step(
         num_episodes = jnp.sum(episodes.ended, dtype=jnp.int32)
         return gradients, state, Statistics(metrics, episodes, num_episodes)
 
-    return worker_step
+    return learn
 
 
 def make_differentiate(algorithm: Algorithm) -> Differentiate:

@@ -14,6 +14,7 @@ from a3c_jax.asynchrony.objects import name_objects
 from a3c_jax.blueprint import Blueprint, check_parts, describe
 from a3c_jax.config import A3CConfig, changes_needing_compilation, is_same_optimizer
 from a3c_jax.environments import Environment
+from a3c_jax.host_worker import HostWorkerStep
 from a3c_jax.optimizers import Updater
 
 
@@ -87,7 +88,7 @@ class Program:
             return program
         blueprint = self.describe(config)
         params, state = program.initial_params(), program.initial_states()[0]
-        gradients, _, _ = self.step(params, state)
+        gradients = _example_gradients(self.step, params, state)
         updater = compile_updater(blueprint.updater(config.learning_rate), params, gradients)
         return dataclasses.replace(program, blueprint=blueprint, updater=updater)
 
@@ -100,6 +101,13 @@ class Program:
         """The initial parameters."""
         seed = np.uint32(self.config.seed)
         return self.init(seed, self.start(seed, np.int32(0)).observation)
+
+    def release(self, states: list[Any]) -> None:
+        """Closes what workers' states hold besides arrays: the environments of each, if they are on the host."""
+        release = getattr(self.step, "release", None)
+        if release is not None:
+            for state in states:
+                release(state)
 
     def evaluation_key(self) -> jax.Array:
         """A random key for evaluation, which no worker uses."""
@@ -160,8 +168,8 @@ def build(
     params = init(seed, state.observation)
     set_up = time.perf_counter()
 
-    step = _compiled.compile(blueprint.worker_step, params, state, single_kernel=single_kernel)
-    gradients, _, _ = step(params, state)
+    step = _compile_step(blueprint.worker_step, params, state, single_kernel)
+    gradients = _example_gradients(step, params, state)
     updater = compile_updater(blueprint.updater(config.learning_rate), params, gradients)
     return Program(
         config=config,
@@ -176,6 +184,19 @@ def build(
         objects=name_objects(objects),
         seconds={"setup": set_up - began, "compile": time.perf_counter() - set_up},
     )
+
+
+def _compile_step(worker_step: Any, params: Any, state: Any, single_kernel: bool | None) -> Any:
+    """The worker step, compiled. If its environments are on the host, they are not made yet."""
+    if isinstance(worker_step, HostWorkerStep):
+        return worker_step.compile(_compiled.compile, params, state, single_kernel=single_kernel)
+    return _compiled.compile(worker_step, params, state, single_kernel=single_kernel)
+
+
+def _example_gradients(step: Any, params: Any, state: Any) -> Any:
+    """Gradients like those to come."""
+    gradients, _, _ = getattr(step, "rehearse", step)(params, state)
+    return gradients
 
 
 def compile_updater(updater: Updater, params: Any, gradients: Any) -> Updater:

@@ -1,5 +1,6 @@
 """`replay`: repeats in one thread, bit for bit, what a run with any number of workers did."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -100,14 +101,15 @@ def replay(
         run.restore(start)
     needed = _Versions(run, schedule, start)
     run.start_clock()
-    for k, worker, pulled in needed.updates():
-        gradients, report = _repeat_update(run, worker, pulled, needed.take(k, pulled))
-        snapshot = run.store.pull()
-        needed.add(snapshot)
-        if on_update is not None:
-            snapshot = Snapshot(_compiled.unpack(snapshot.params), snapshot.version)
-            on_update(k, snapshot, _compiled.unpack(gradients), segment_metrics(report))
-    return run.finish("replayed")
+    with contextlib.closing(run):
+        for k, worker, pulled in needed.updates():
+            gradients, report = _repeat_update(run, worker, pulled, needed.take(k, pulled))
+            snapshot = run.store.pull()
+            needed.add(snapshot)
+            if on_update is not None:
+                snapshot = Snapshot(_compiled.unpack(snapshot.params), snapshot.version)
+                on_update(k, snapshot, _compiled.unpack(gradients), segment_metrics(report))
+        return run.finish("replayed")
 
 
 def _check_leads_to(start: Checkpoint, schedule: Schedule) -> None:

@@ -23,7 +23,7 @@ from a3c_jax.asynchrony.program import Program
 from a3c_jax.asynchrony.records import EpisodeLog
 from a3c_jax.asynchrony.result import TrainResult
 from a3c_jax.asynchrony.threads import WorkerError
-from a3c_jax.asynchrony.trees import name_leaves, restore_leaves
+from a3c_jax.asynchrony.trees import name_leaves, restore_leaves, stack_leaves
 
 T = TypeVar("T")
 
@@ -125,6 +125,10 @@ class Run:
         for log in self.logs.values():
             log.flush()
 
+    def close(self) -> None:
+        """Closes the workers' environments, if they are on the host."""
+        self.program.release(self.states)
+
     def stop(self, stop_reason: str) -> None:
         """Stops the clock."""
         self._seconds_of_training = time.perf_counter() - self._clock
@@ -206,7 +210,7 @@ class Run:
             optimizer_state=name_leaves(_compiled.unpack(state.optimizer_state)),
             schedule=self.store.log.read(0, state.updates),
             skipped=state.skipped,
-            states={name: np.stack([s[name] for s in named]) for name in named[0]},
+            states=stack_leaves(named),
             episodes=self.counters.log.read(0, episodes),
             best_params=params if best[0] is None else name_leaves(_compiled.unpack(best[1])),
             best_mean_return=best[0],

@@ -16,6 +16,7 @@ from a3c_jax.asynchrony.records import Schedule
 from a3c_jax.asynchrony.schedules import check_int
 from a3c_jax.blueprint import Parts, check_parts, describe
 from a3c_jax.config import A3CConfig
+from a3c_jax.host_environment import HostEnvironment
 
 Array = jax.Array
 
@@ -109,6 +110,11 @@ def make_simulation(
     objects = {"environment": environment, "network": network}
     objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
     parts = check_parts(config, **objects)
+    if isinstance(parts.environment, HostEnvironment):
+        raise ValueError(
+            f"a simulation is one compiled program and needs an environment written in JAX, got {config.environment!r}, "
+            "which runs on the host; use train, or replay with a schedule of your own."
+        )
     run = jax.jit(_make_run(config, parts, max_staleness + 1))
 
     def simulate(seed: Any, settings: Settings, schedule: Schedule) -> SimulationResult:

@@ -106,7 +106,7 @@ def train(
         with Outlets(sinks) as outlets:
             program = as_program(config, single_kernel, **objects)
             run = _start(program, params, resume, updates_per_row)
-            with _keeping(checkpoints, run, resume):
+            with contextlib.closing(run), _keeping(checkpoints, run, resume):
                 threads = WorkerThreads(
                     program.step,
                     run.store,

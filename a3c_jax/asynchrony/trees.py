@@ -26,7 +26,8 @@ def restore_leaves(what: str, named: Named, like: Any) -> Any:
     Args:
       what: what the tree is, for the error message.
       named: what `name_leaves` made of a tree of the same structure.
-      like: a tree of arrays of the right shapes and dtypes.
+      like: a tree of arrays of the right shapes and dtypes. One whose first dimension is zero may have any length
+        there.
 
     Raises:
       ValueError: if a name, a shape or a dtype differs.
@@ -36,11 +37,24 @@ def restore_leaves(what: str, named: Named, like: Any) -> Any:
     for name in [*expected, *named]:
         have = named.get(name)
         want = None if name not in expected else _data(expected[name])
-        if have is None or want is None or (have.shape, have.dtype) != (want.shape, want.dtype):
+        if have is None or want is None or not _fits(have, want):
             needed = "no such array" if want is None else _describe(want)
             raise ValueError(f"{what} {name!r} is {_describe(have)}, but this run needs {needed}")
     restored = [_restore(named[name], leaf) for name, leaf in expected.items()]
     return jax.tree.unflatten(structure, restored)
+
+
+def stack_leaves(trees: list[Named]) -> Named:
+    """Each worker's arrays as one with a leading dimension. Shorter ones begin with zeros, if lengths differ."""
+
+    def stack(arrays: list[np.ndarray]) -> np.ndarray:
+        longest = max((len(x) for x in arrays if x.ndim), default=0)
+        if all(x.ndim == 0 or len(x) == longest for x in arrays):
+            return np.stack(arrays)
+        missing = [[(longest - len(x), 0)] + [(0, 0)] * (x.ndim - 1) for x in arrays]
+        return np.stack([np.pad(x, width) for x, width in zip(arrays, missing, strict=True)])
+
+    return {name: stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
 def restore_from_vector(what: str, vector: np.ndarray, like: Any) -> Any:
@@ -63,6 +77,12 @@ def restore_from_vector(what: str, vector: np.ndarray, like: Any) -> Any:
         for piece, x, leaf in zip(pieces, data, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, restored)
+
+
+def _fits(have: np.ndarray, want: Any) -> bool:
+    any_length = want.shape[:1] == (0,)
+    shape = have.shape[1:] if any_length and have.ndim else have.shape
+    return (shape, have.dtype) == (want.shape[1:] if any_length else want.shape, want.dtype)
 
 
 def _name(path: Any) -> str:

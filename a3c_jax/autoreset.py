@@ -1,0 +1,223 @@
+"""Gymnasium's vector environments under one rule: when an episode has ended, the next one has begun.
+
+Gymnasium leaves it to each vector environment how the next episode begins (`gymnasium.vector.AutoresetMode`). Here are
+all three ways:
+
+| mode     | what `step` returns at an episode's end     | what is done about it                                        |
+|----------|---------------------------------------------|--------------------------------------------------------------|
+| Disabled | the last observation                        | the ended environments are reset at once                     |
+| SameStep | the next episode's first observation; the last one is in `info["final_obs"]`  | both are taken       |
+| NextStep | the last observation; the next `step` only resets, whatever the action  | that step is marked, and losses leave it out |
+
+Gymnasium's own `SyncVectorEnv` and `AsyncVectorEnv` and ale-py's `AtariVectorEnv` can reset some of their environments
+with a seed for each. With Disabled, or with NextStep and no wrapper around, that is used: each episode gets a seed of
+its own, so that it can be played again from that seed and its actions (`VectorPlayer.put_back`).
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+_SEEDED_SINGLY = ("SyncVectorEnv", "AsyncVectorEnv", "AtariVectorEnv")
+
+
+class Stepped(NamedTuple):
+    """What follows an action in each of N environments.
+
+    Attributes:
+      observation: what to act upon next, a tree of `[N, ...]`.
+      reward: `[N]` float32.
+      terminated: whether the episode ended by itself, `[N]` bool.
+      truncated: whether a time limit cut it, `[N]` bool.
+      final_observation: the observation that followed the action, before any reset, like `observation`.
+      valid: False where the step only began the next episode, `[N]` bool; None if it did nowhere.
+      life_lost: where a life was lost and the game goes on, `[N]` bool; None if that is not looked at.
+    """
+
+    observation: Any
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    final_observation: Any
+    valid: np.ndarray | None = None
+    life_lost: np.ndarray | None = None
+
+
+class VectorPlayer:
+    """N environments of one worker.
+
+    Args:
+      environment: a `gymnasium.vector.VectorEnv`.
+      entropy: integers that all seeds are derived from.
+      life_loss: whether to look at `info["lives"]`.
+      close: what to call in the end instead of the environment's own `close`.
+
+    Attributes:
+      episode: the number of each environment's running episode, counted from zero, `[N]` int32.
+      marks_beginnings: whether some steps only begin the next episode.
+      can_put_back: whether a running episode can be played again from its seed and its actions.
+    """
+
+    def __init__(
+        self,
+        environment: Any,
+        entropy: Sequence[int] = (),
+        life_loss: bool = False,
+        close: Callable[[], Any] | None = None,
+    ) -> None:
+        self._environment = environment
+        self._close = environment.close if close is None else close
+        self._entropy = tuple(int(word) for word in entropy)
+        self._num_envs = int(environment.num_envs)
+        innermost = getattr(environment, "unwrapped", environment)
+        known = {kind.__name__ for kind in type(innermost).__mro__} & {*_SEEDED_SINGLY}
+        self._mode = autoreset_mode(environment)
+        self._takes_list_of_seeds = bool(known)
+        self._seeds_only_those_reset = "AtariVectorEnv" in known
+        self.can_put_back = bool(known) and (
+            self._mode == "Disabled" or (self._mode == "NextStep" and environment is innermost)
+        )
+        self._resets_itself = self._mode != "Disabled" and not self.can_put_back
+        self.marks_beginnings = self._resets_itself and self._mode == "NextStep"
+        self._life_loss, self._lives = life_loss, np.zeros(self._num_envs, np.int64)
+        self._ended = np.zeros(self._num_envs, bool)
+        self.episode = np.full(self._num_envs, -1, np.int32)
+
+    def begin(self, episode: np.ndarray) -> Any:
+        """Resets all environments, to the beginning of the episodes of these numbers `[N]`."""
+        self.episode = np.array(episode, np.int32)
+        self._ended = np.zeros(self._num_envs, bool)
+        self._lives = np.zeros(self._num_envs, np.int64)
+        seed: Any = self._seed(0)
+        if self._takes_list_of_seeds:
+            seed = [self._seed(n) for n in range(self._num_envs)]
+            seed = np.array(seed) if self._seeds_only_those_reset else seed
+        observation, _ = self._environment.reset(seed=seed)
+        return observation
+
+    def step(self, action: Any) -> Stepped:
+        """Applies one action to each environment, and begins the next episode where one has ended."""
+        observation, reward, terminated, truncated, info = self._environment.step(action)
+        reward = np.asarray(reward, np.float32)
+        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        ended, valid, final_observation = terminated | truncated, None, observation
+        life_lost = self._count_lives(info, ended) if self._life_loss else None
+        if self.marks_beginnings:
+            began, self._ended = self._ended, ended
+            if began.any():
+                valid = ~began
+                reward = np.where(valid, reward, np.float32(0))
+            self.episode += began
+        elif ended.any():
+            if self._resets_itself:
+                final_observation = _insert(observation, info["final_obs"], ended)
+                self.episode += ended
+            else:
+                final_observation = jax.tree.map(np.array, observation)
+                observation = self._reset(ended)
+        return Stepped(
+            observation, reward, terminated, truncated, final_observation, valid, life_lost
+        )
+
+    def put_back(
+        self,
+        episode: np.ndarray,
+        actions: Sequence[Any],
+        length: np.ndarray,
+        watched: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> Any:
+        """Plays running episodes again, up to where they were.
+
+        All environments are stepped together, and their episodes end together, so that the longest begins first. The
+        others are stepped on the way, too, and are reset when their turn comes.
+
+        Args:
+          episode: the episodes' numbers, `[N]` int.
+          actions: the environment's own actions, one for each step of the longest episode: the last `length[n]`
+            of them belong to environment n's.
+          length: how many steps they have had, `[N]` int.
+          watched: a context manager that each step is made in.
+
+        Returns:
+          The observations to act upon next.
+        """
+        steps = int(length.max(initial=0))
+        observation = self.begin(episode)
+        for k in range(steps):
+            begins = length == steps - k
+            if k and begins.any():
+                self.episode = np.where(begins, episode - 1, self.episode).astype(np.int32)
+                self._reset(begins)
+            with watched():
+                observation = self.step(actions[k]).observation
+        late = length == 0
+        if steps and late.any():
+            self.episode = np.where(late, episode - 1, self.episode).astype(np.int32)
+            observation = self._reset(late)
+        return observation
+
+    def _count_lives(self, info: dict[str, Any], ended: np.ndarray) -> np.ndarray:
+        """Where there are fewer lives than before. A new game has no life before its first step."""
+        if "lives" not in info:
+            raise ValueError(
+                "life_loss needs an environment that says info['lives'], as Atari's do, got only "
+                f"{sorted(info)}; leave life_loss out."
+            )
+        lives = np.asarray(info["lives"])
+        lost = (lives < self._lives) & ~ended
+        self._lives = np.where(ended, 0, lives)
+        return lost
+
+    def close(self) -> None:
+        """Closes the environments."""
+        self._close()
+
+    def _reset(self, mask: np.ndarray) -> Any:
+        """Begins the next episode of some environments. Returns the observations of all."""
+        self.episode = self.episode + mask
+        seeds: Any = [self._seed(n) if mask[n] else None for n in range(self._num_envs)]
+        if self._seeds_only_those_reset:
+            seeds = np.array([seed for seed in seeds if seed is not None])
+        if not self._takes_list_of_seeds:
+            seeds = None  # the environment goes on with its own generator
+        observation, _ = self._environment.reset(seed=seeds, options={"reset_mask": mask})
+        return observation
+
+    def _seed(self, number: int) -> int:
+        """The seed of an environment's running episode."""
+        words = (*self._entropy, number, int(self.episode[number]))
+        return int(np.random.SeedSequence(words).generate_state(1)[0] >> 1)
+
+
+def autoreset_mode(environment: Any) -> str:
+    """`Disabled`, `SameStep` or `NextStep`.
+
+    Raises:
+      ValueError: if the environment does not say.
+    """
+    mode = (getattr(environment, "metadata", None) or {}).get("autoreset_mode")
+    mode = getattr(mode, "value", mode)
+    if mode not in ("Disabled", "SameStep", "NextStep"):
+        raise ValueError(
+            "a vector environment must say in metadata['autoreset_mode'] how its episodes begin anew, got "
+            f"{mode!r} from {type(environment).__name__}; set it to a gymnasium.vector.AutoresetMode."
+        )
+    return str(mode)
+
+
+def _insert(observation: Any, final: Any, ended: np.ndarray) -> Any:
+    """The observations with the last ones of the ended episodes in place of the next ones' first.
+
+    `final` is dense, like `observation`, or an array of N objects, of which those of the ended episodes are like one
+    observation.
+    """
+    copied = jax.tree.map(np.array, observation)
+    if isinstance(final, np.ndarray) and final.dtype == object:
+        for n in np.flatnonzero(ended):
+            jax.tree.map(lambda x, y, n=n: x.__setitem__(n, y), copied, final[n])
+    else:
+        jax.tree.map(lambda x, y: x.__setitem__(ended, y[ended]), copied, final)
+    return copied

@@ -1,0 +1,110 @@
+"""Gymnasium's and Atari's environments by name: `gymnasium:LunarLander-v3`, `ale:Pong`."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from a3c_jax.host_environment import HostEnvironment
+from a3c_jax.names import parse_name
+
+_OWN_OPTIONS = ("life_loss", "step_seconds")
+_ALE_OPTIONS: dict[str, Any] = {
+    "reward_clipping": False,
+    "num_threads": 1,
+    "autoreset_mode": "NextStep",
+}
+
+
+def make_host_environment(name: str, action_bounds: str = "clip", **params: Any) -> HostEnvironment:
+    """Makes an environment of Gymnasium or of the Arcade Learning Environment.
+
+    >>> make_host_environment("gymnasium:CartPole-v1").observation_shape
+    (4,)
+
+    Args:
+      name: `gymnasium:` and an id that `gymnasium.make_vec` knows, which may begin with the module that registers it,
+        as in `gymnasium:my.module:Maze-v0`. Parameters may follow as in a URL; they are `make_vec`'s. Or `ale:` and
+        the name of a game, as in `ale:SpaceInvaders?size=42`, with the parameters of ale-py's `AtariVectorEnv`,
+        `size` for both `img_height` and `img_width`, and `life_loss=True` to let the loss of a life count as a
+        termination for learning. Rewards are never clipped by the environment, so that reported returns are the
+        game's own; `A3CConfig.reward_clip` clips them for learning. Both take `step_seconds`
+        (`a3c_jax.host_environment`).
+      action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
+      **params: more of these parameters.
+
+    Raises:
+      ValueError: if there is no such environment or parameter, or if the library that it needs is not installed.
+    """
+    library, _, rest = name.partition(":")
+    module, base, named = parse_name("environment", rest, "gymnasium:LunarLander-v3?gravity=-9.0")
+    params = named | params
+    own = {key: params.pop(key) for key in _OWN_OPTIONS if key in params}
+    make = _ale_maker(name, base, params) if library == "ale" else None
+    make = make or _gymnasium_maker(name, f"{module}:{base}" if module else base, params)
+    return HostEnvironment(name, make, action_bounds=action_bounds, **own)
+
+
+def _gymnasium_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], Any]:
+    import gymnasium
+    from gymnasium.vector import AutoresetMode
+
+    def make(num_envs: int) -> Any:
+        spec = gymnasium.spec(base)
+        options = dict(params)
+        mode = options.get("vectorization_mode")
+        if mode == "vector_entry_point" or (mode is None and spec.vector_entry_point):
+            return gymnasium.make_vec(base, num_envs, **options)
+        kwargs = {"autoreset_mode": AutoresetMode.DISABLED} | options.pop("vector_kwargs", {})
+        return gymnasium.make_vec(base, num_envs, vector_kwargs=kwargs, **options)
+
+    def make_or_explain(num_envs: int) -> Any:
+        try:
+            return make(num_envs)
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise ValueError(
+                f"environment {name!r} needs a library that is not installed ({error}); run pip install "
+                "-e '.[gymnasium]', or install that library."
+            ) from error
+        except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
+            raise ValueError(
+                f"environment {name!r} cannot be made by gymnasium.make_vec: {error}"
+            ) from error
+
+    return make_or_explain
+
+
+def _ale_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], Any]:
+    try:
+        from ale_py import roms
+        from ale_py.vector_env import AtariVectorEnv
+    except ImportError as error:
+        raise ValueError(
+            f"environment {name!r} needs ale-py, which is not installed; run pip install -e '.[atari]'."
+        ) from error
+    known = {_plain(rom): rom for rom in roms.get_all_rom_ids()}
+    if _plain(base) not in known:
+        near = difflib.get_close_matches(_plain(base), known, cutoff=0.5)
+        raise ValueError(
+            f"environment must name a game of ale-py, got {name!r}; "
+            f"did you mean {' or '.join(f'ale:{known[k]}' for k in near) or 'ale:pong'}?"
+        )
+    options = dict(params)
+    if "size" in options:
+        options["img_height"] = options["img_width"] = options.pop("size")
+    accepted = {*inspect.signature(AtariVectorEnv).parameters} - {
+        "game", "num_envs", "reward_clipping", "autoreset_mode", "batch_size", "life_loss_info",
+    }  # fmt: skip
+    unknown = sorted({*options} - accepted)
+    if unknown:
+        raise ValueError(
+            f"environment {name!r} takes size, life_loss, step_seconds, {', '.join(sorted(accepted))}, got "
+            f"{', '.join(unknown)}; leave it out."
+        )
+    game, arguments = known[_plain(base)], _ALE_OPTIONS | options
+    return lambda num_envs: AtariVectorEnv(game, num_envs, **arguments)
+
+
+def _plain(game: str) -> str:
+    """A game's name without what people write differently: `SpaceInvaders`, `space-invaders`, `space_invaders`."""
+    return "".join(filter(str.isalnum, game)).lower()

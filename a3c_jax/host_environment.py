@@ -1,0 +1,201 @@
+"""Environments that run outside JAX, on the host: any `gymnasium.vector.VectorEnv`, stepped from Python.
+
+A `HostEnvironment` describes such an environment, and makes its copies. It has no pure `step`. Its counterpart is
+`a3c_jax.host_worker`, which steps the copies of one worker between compiled calls.
+"""
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from a3c_jax import spaces
+from a3c_jax.autoreset import VectorPlayer
+from a3c_jax.host_state import HostState
+
+Array = jax.Array
+
+
+class HostEnvironment:
+    """N copies of an environment that is stepped from Python.
+
+    Observations, discrete actions and continuous actions are translated as `GymnaxEnvironment` translates them. 64-bit
+    observations become 32-bit ones; bytes stay bytes.
+
+    Attributes:
+      name: for people.
+      action_bounds: `clip` or `tanh`.
+      num_actions: see `a3c_jax.protocol.Environment`.
+      continuous: whether actions are continuous.
+      observation_space: the space of one observation.
+      observation_shape: the shape of one observation; a dict or tuple of shapes for a Dict or Tuple space.
+      life_loss: whether losing a life, by `info["lives"]`, counts as a termination for learning.
+      step_seconds: how many seconds one step or reset may take before the worker fails; None waits for ever.
+      marks_beginnings: whether some steps only begin the next episode (`a3c_jax.rollout.Trajectory.valid_tm1`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        environment: Any,
+        *,
+        action_bounds: str = "clip",
+        life_loss: bool = False,
+        step_seconds: float | None = 60.0,
+    ) -> None:
+        """Looks at the spaces, of one copy if `environment` is a function.
+
+        Args:
+          name: for people.
+          environment: a function `make(num_envs)` that gives a new `gymnasium.vector.VectorEnv`. Or such an
+            environment itself, for one worker and for as many environments as it has; it is not closed at the end.
+          action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
+          life_loss: see the attribute.
+          step_seconds: see the attribute.
+
+        Raises:
+          TypeError: if it is something else.
+          ValueError: if the spaces are not supported, or if the environment does not say how it begins anew.
+        """
+        self.name, self.action_bounds = name, action_bounds
+        self.life_loss, self.step_seconds = life_loss, step_seconds
+        self._object = environment if hasattr(environment, "reset") else None
+        self._lent = threading.Lock()
+        self._make = environment
+        example = self._object if self._object is not None else environment(1)
+        _check_parts(name, example)
+        self.marks_beginnings = VectorPlayer(example).marks_beginnings
+        self.observation_space = example.single_observation_space
+        self._actions = example.single_action_space
+        if self._object is None:
+            example.close()
+        self.observation_shape = spaces.observation_shape(name, self.observation_space)
+        self.continuous = hasattr(self._actions, "low")
+        self.num_actions = spaces.num_actions(name, self._actions)
+
+    def __repr__(self) -> str:
+        return f"HostEnvironment({self.name!r})"
+
+    def reset(self, key: Array, num_envs: int) -> tuple[Any, "HostState"]:
+        """The state before the first step: no environment is made yet, and the observations are zeros.
+
+        It may be traced. The seeds of all episodes are derived from the key.
+        """
+        observation = jax.tree.map(
+            lambda x: jnp.zeros((num_envs, *x.shape), x.dtype), self.observation_example()
+        )
+        action = self.action_example(num_envs)
+        none = jnp.zeros((0, *action.shape), action.dtype)
+        entropy = jax.random.key_data(key).astype(jnp.uint32)
+        return observation, HostState(entropy, jnp.full(num_envs, -1, jnp.int32), none)
+
+    def random_action(self, key: Array, num_envs: int) -> Array:
+        """See `a3c_jax.protocol.Environment`."""
+        return spaces.random_action(self, key, num_envs)
+
+    def check_copies(self, num_workers: int, num_envs: int) -> None:
+        """Checks that every worker can have its environments.
+
+        Raises:
+          ValueError: if the environment was given as an object, and there are several workers, or not as many
+            environments for each as it has.
+        """
+        if self._object is None:
+            return
+        if num_workers != 1 or num_envs != self._object.num_envs:
+            raise ValueError(
+                f"environment {self.name!r} was given as one object with {self._object.num_envs} environments, which "
+                f"only one worker can play, got num_workers {num_workers} and envs_per_worker {num_envs}; give a "
+                "function that makes one, such as lambda num_envs: gymnasium.make_vec('CartPole-v1', num_envs)."
+            )
+
+    def make(self, num_envs: int, entropy: Any = ()) -> VectorPlayer:
+        """Makes copies of the environment.
+
+        Args:
+          num_envs: how many.
+          entropy: integers that the seeds of all episodes are derived from.
+
+        Raises:
+          ValueError: if the environment was given as an object that is in use, or if it has another number of copies.
+        """
+        close = None
+        if self._object is None:
+            made = self._make(num_envs)
+            _check_parts(self.name, made)
+        elif self._lent.acquire(blocking=False):
+            made, close = self._object, self._lent.release
+        else:
+            raise ValueError(
+                f"environment {self.name!r} was given as one object, which is in use; give a function that makes one."
+            )
+        if made.num_envs != num_envs:
+            (close or made.close)()
+            raise ValueError(
+                f"environment {self.name!r} must be made with the number of copies that is asked for, {num_envs}, "
+                f"got {made.num_envs}; pass the function's argument on as num_envs, or give a function if it is an object."
+            )
+        return VectorPlayer(made, np.asarray(entropy).ravel().tolist(), self.life_loss, close)
+
+    def encode(self, observation: Any) -> Any:
+        """Observations as the network sees them, arrays `[N, ...]` of at most 32 bits."""
+        encoded = spaces.encode(self.observation_space, observation, np)
+        return jax.tree.map(_narrow, encoded)
+
+    def decode(self, action: np.ndarray) -> Any:
+        """Actions of a policy, `[N]` or `[N, D]`, as the environment's own.
+
+        Raises:
+          ValueError: if one is none of the environment's. Some environments hang on it.
+        """
+        if self.continuous:
+            fitted = spaces.fit(self._actions, action, self.action_bounds, np)
+            return fitted.astype(self._actions.dtype)
+        if (action < 0).any() or (action >= np.asarray(self.num_actions)).any():
+            raise ValueError(
+                f"actions of environment {self.name!r} must lie in [0, {self.num_actions}), got "
+                f"{np.array2string(action)}; correct the policy's distribution."
+            )
+        return spaces.decode(self._actions, action.astype(np.int64))
+
+    def observation_example(self) -> Any:
+        """The shape and the dtype of one encoded observation, a tree of `jax.ShapeDtypeStruct`."""
+        sample = jax.tree.map(lambda x: np.asarray(x)[None], _zeros(self.observation_space))
+        encoded = self.encode(sample)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), encoded)
+
+    def action_example(self, num_envs: int) -> jax.ShapeDtypeStruct:
+        """The shape and the dtype of a policy's actions in `num_envs` environments, as they are remembered."""
+        if self.continuous:
+            return jax.ShapeDtypeStruct((num_envs, self.num_actions), jnp.float32)
+        narrow = jnp.uint8 if np.max(self.num_actions) <= 256 else jnp.int32
+        return jax.ShapeDtypeStruct((num_envs, *np.shape(self.num_actions)), narrow)
+
+
+def _check_parts(name: str, made: Any) -> None:
+    needed = ("reset", "step", "num_envs", "single_observation_space", "single_action_space")
+    missing = [part for part in needed if not hasattr(made, part)]
+    if missing:
+        raise TypeError(
+            f"environment {name!r} must be a gymnasium.vector.VectorEnv, or a function of the number of copies that "
+            f"makes one, got {type(made).__name__} without {', '.join(missing)}; use gymnasium.make_vec."
+        )
+
+
+def _narrow(x: Any) -> np.ndarray:
+    """An array of at most 32 bits."""
+    x = np.asarray(x)
+    narrow = {"float64": np.float32, "int64": np.int32, "uint64": np.uint32}
+    return x.astype(narrow.get(x.dtype.name, x.dtype), copy=False)
+
+
+def _zeros(space: Any) -> Any:
+    """An observation of zeros."""
+    parts = getattr(space, "spaces", None)
+    if parts is None:
+        return np.zeros(space.shape, space.dtype)
+    if hasattr(parts, "items"):
+        return {key: _zeros(part) for key, part in parts.items()}
+    return tuple(map(_zeros, parts))

@@ -1,0 +1,95 @@
+"""A segment of a worker's environments on the host, while it is played: the counterpart of `a3c_jax.rollout.unroll`."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from a3c_jax import rollout
+from a3c_jax.autoreset import Stepped
+
+
+class HostSegment:
+    """What a worker plays, step by step, in arrays on the host. They are made anew for each segment."""
+
+    def __init__(self, num_steps: int, state: rollout.RolloutState, marks_beginnings: bool) -> None:
+        num_envs = len(state.episode_return)
+        self.entropy = state.environment.entropy
+        self.episode_return = np.array(state.episode_return)
+        self.episode_length = np.array(state.episode_length)
+        self._t = 0
+        self._observation = jax.tree.map(
+            lambda x: np.empty((num_steps + 1, *x.shape), x.dtype), state.observation
+        )
+        jax.tree.map(lambda to, x: to.__setitem__(0, x), self._observation, state.observation)
+        self._final: dict[int, Any] = {}
+        self._actions: list[np.ndarray] = []
+        self._log_probs: list[np.ndarray] = []
+        self._reward = np.empty((num_steps, num_envs), np.float32)
+        self._terminated, self._truncated = (np.empty((num_steps, num_envs), bool) for _ in "ab")
+        self._ended = np.empty((num_steps, num_envs), bool)
+        self._returns = np.empty((num_steps, num_envs), np.float32)
+        self._lengths = np.empty((num_steps, num_envs), np.int32)
+        self._valid = np.ones((num_steps, num_envs), bool) if marks_beginnings else ()
+
+    def observation(self) -> Any:
+        """What to act upon next."""
+        return jax.tree.map(lambda x: x[self._t], self._observation)
+
+    def append(self, action: np.ndarray, log_prob: np.ndarray, stepped: Stepped) -> np.ndarray:
+        """Adds a step. Returns where a recurrent network forgets, `[N]` bool."""
+        t = self._t
+        terminated, truncated = stepped.terminated, stepped.truncated
+        ended = terminated | truncated
+        self._actions.append(action)
+        self._log_probs.append(log_prob)
+        self._reward[t] = stepped.reward
+        self._ended[t] = ended
+        self.episode_return += stepped.reward
+        self.episode_length += 1
+        if stepped.valid is not None:
+            self._valid[t] = stepped.valid  # type: ignore[index]
+            self.episode_length -= ~stepped.valid
+            truncated = truncated | ~stepped.valid  # so that nothing is carried over from it
+        if stepped.life_lost is not None:
+            terminated = terminated | stepped.life_lost
+        self._terminated[t], self._truncated[t] = terminated, truncated
+        self._returns[t], self._lengths[t] = self.episode_return, self.episode_length
+        if ended.any():
+            self._final[t] = stepped.final_observation
+            self.episode_return = np.where(ended, np.float32(0), self.episode_return)
+            self.episode_length = np.where(ended, np.int32(0), self.episode_length)
+        self._t = t + 1
+        jax.tree.map(
+            lambda to, x: to.__setitem__(self._t, x), self._observation, stepped.observation
+        )
+        return terminated | truncated
+
+    def read(self, carry: Any) -> tuple[rollout.Trajectory, rollout.Episodes]:
+        """The segment.
+
+        Args:
+          carry: what a recurrent network remembered at its start.
+        """
+        observation_t = jax.tree.map(lambda x: x[1:], self._observation)
+        if self._final:
+            observation_t = jax.tree.map(np.array, observation_t)
+            for t, final in self._final.items():
+                jax.tree.map(lambda to, x, t=t: to.__setitem__(t, x), observation_t, final)
+        trajectory = rollout.Trajectory(
+            observation_tm1=jax.tree.map(lambda x: x[:-1], self._observation),
+            action_tm1=np.stack(self._actions),  # type: ignore[arg-type]
+            reward_t=self._reward,  # type: ignore[arg-type]
+            terminated_t=self._terminated,  # type: ignore[arg-type]
+            truncated_t=self._truncated,  # type: ignore[arg-type]
+            observation_t=observation_t,
+            carry=carry,
+            log_prob_tm1=np.stack(self._log_probs),
+            valid_tm1=self._valid,
+        )
+        episodes: Any = rollout.Episodes(self._ended, self._returns, self._lengths)  # type: ignore[arg-type]
+        return trajectory, episodes
+
+    def actions(self) -> np.ndarray:
+        """The actions, `[T, N, ...]`."""
+        return np.stack(self._actions)

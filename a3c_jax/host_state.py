@@ -1,0 +1,171 @@
+"""Where the environments of one worker stand: open, as objects, and as arrays from which they can be made again."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from a3c_jax.autoreset import VectorPlayer
+
+T = TypeVar("T")
+
+MOST_REMEMBERED = 200_000
+"""Steps of running episodes that are remembered. A longer one cannot be put back, and begins anew after a resume."""
+
+_CLOSE_SECONDS = 10.0
+"""How long to wait for environments to close."""
+
+
+class Live:
+    """The open environments of one worker, and the thread in which they are made and stepped.
+
+    A thread of their own makes it possible to go on without them if they hang.
+
+    Attributes:
+      player: the environments; None before they are made.
+      log: the actions of the running episodes.
+      clock: how many segments they have played. A state with another clock is of another moment.
+    """
+
+    def __init__(self) -> None:
+        self.player: VectorPlayer | None = None
+        self.log: ActionLog | None = None
+        self.clock = 0
+        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._since: float | None = None  # when the step began that is going on
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Marks the block as one step of the environments, whose time is limited."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def call(self, function: Callable[[], T], step_seconds: float | None) -> T:
+        """Calls a function in the thread of the environments.
+
+        Raises:
+          TimeoutError: if a watched block in it takes longer than `step_seconds`. The thread is given up.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work, args=(self._tasks,), daemon=True)
+            self._thread.start()
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._tasks.put((function, done))
+        while True:
+            try:
+                result, error = done.get(timeout=self._patience(step_seconds))
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            return result
+
+    def close(self) -> None:
+        """Closes the environments and ends the thread. An error in closing them changes nothing any more."""
+        player, self.player = self.player, None
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        if player is not None:
+            self._tasks.put((player.close, queue.SimpleQueue()))
+        self._tasks.put(None)
+        if thread is not threading.current_thread():
+            thread.join(timeout=_CLOSE_SECONDS)
+
+    def _patience(self, step_seconds: float | None) -> float | None:
+        """How long the step that is going on may still take."""
+        since = self._since
+        if step_seconds is None or since is None:
+            return step_seconds
+        left = since + step_seconds - time.monotonic()
+        if left <= 0 and self._since == since:
+            self.player = self._thread = None
+            self._tasks.put(None)
+            raise TimeoutError(
+                f"its environments have not returned from a step for {step_seconds:g} s; if they may take so long, "
+                "make the HostEnvironment with a larger step_seconds."
+            )
+        return max(left, 0.001)
+
+
+def _work(tasks: "queue.SimpleQueue[Any]") -> None:
+    """What the thread of the environments does."""
+    while (task := tasks.get()) is not None:
+        function, done = task
+        try:
+            done.put((function(), None))
+        except BaseException as error:  # raised where the function was called from
+            done.put((None, error))
+        del task, function, done
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class HostState:
+    """Where the environments of one worker stand: enough to play their running episodes again.
+
+    Attributes:
+      entropy: what all seeds are derived from, `[2]` uint32.
+      episode: the number of each environment's running episode, `[N]` int32; -1 before the first.
+      actions: the last actions, `[L, N, ...]`, with L at least the length of the longest running episode.
+      live: the open environments. It is no array, and not saved.
+      clock: what `live.clock` was then.
+    """
+
+    def __init__(
+        self, entropy: Any, episode: Any, actions: Any, live: Live | None = None, clock: int = -1
+    ) -> None:
+        self.entropy, self.episode = entropy, episode
+        self._actions = actions
+        self.live = Live() if live is None else live
+        self.clock = clock
+
+    @property
+    def actions(self) -> Any:
+        """See the class."""
+        return self._actions() if callable(self._actions) else self._actions
+
+    def tree_flatten_with_keys(self) -> Any:
+        """For JAX."""
+        names = ("entropy", "episode", "actions")
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, leaves: Any) -> "HostState":
+        """For JAX."""
+        return cls(*leaves)
+
+
+class ActionLog:
+    """The actions of running episodes. What it gives as `snapshot` stays as it is when more are appended.
+
+    Args:
+      actions: the first actions, `[L, N, ...]`.
+    """
+
+    def __init__(self, actions: np.ndarray) -> None:
+        self._parts = [actions]
+        self._length = len(actions)
+
+    def append(self, actions: np.ndarray, longest: int) -> None:
+        """Appends `[T, N, ...]` actions, and forgets those before the last `longest` steps, now and then."""
+        self._parts.append(actions)
+        self._length += len(actions)
+        keep = min(longest, MOST_REMEMBERED)
+        if self._length > 2 * keep + 1_000:
+            # A new list, because snapshots hold the old one.
+            self._parts = [np.concatenate(self._parts)[self._length - keep :]]
+            self._length = keep
+
+    def snapshot(self) -> Callable[[], np.ndarray]:
+        """A function that gives the actions so far."""
+        parts, count = self._parts, len(self._parts)
+        return lambda: np.concatenate(parts[:count])

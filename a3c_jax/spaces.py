@@ -1,0 +1,139 @@
+"""Spaces of observations and actions, as gymnax and Gymnasium describe them, in this package's terms.
+
+The functions take `xp`, the library to compute with: `jax.numpy` inside a compiled program, `numpy` outside of one.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def observation_shape(name: str, space: Any) -> Any:
+    """The shape of an encoded observation; a dict or tuple of shapes if the space has parts.
+
+    Args:
+      name: the environment's name, for the error message.
+      space: the space of one observation.
+
+    Raises:
+      ValueError: if the space is of another kind.
+    """
+    if _is_category(space):
+        return (int(space.n),)
+    if _is_array(space):
+        return tuple(int(size) for size in space.shape)
+    parts = getattr(space, "spaces", None)
+    if isinstance(parts, Mapping):
+        return {key: observation_shape(name, part) for key, part in parts.items()}
+    if isinstance(parts, tuple | list):
+        return tuple(observation_shape(name, part) for part in parts)
+    raise ValueError(
+        f"environment {name!r} has the observation space {space}, but only Box, Discrete, Dict and Tuple "
+        "observations are supported; turn them into one of those first."
+    )
+
+
+def encode(space: Any, observation: Any, xp: Any = jnp) -> Any:
+    """Observations `[N, ...]` as the network sees them: categories are one-hot, and everything else is as it was."""
+    if _is_category(space):
+        index = xp.asarray(observation) - getattr(space, "start", 0)
+        return (index[..., None] == xp.arange(int(space.n))).astype(xp.float32)
+    if _is_array(space):
+        return observation
+    if isinstance(space.spaces, Mapping):
+        return {key: encode(part, observation[key], xp) for key, part in space.spaces.items()}
+    return tuple(
+        encode(part, piece, xp) for part, piece in zip(space.spaces, observation, strict=True)
+    )
+
+
+def num_actions(name: str, space: Any) -> int | tuple[int, ...]:
+    """The `num_actions` of an environment with this action space; see `a3c_jax.protocol.Environment`.
+
+    Raises:
+      ValueError: if the space is of a kind that is not supported.
+    """
+    if _is_category(space):
+        return int(space.n)
+    if hasattr(space, "low"):
+        return math.prod(space.shape)
+    parts = getattr(space, "spaces", ())
+    parts = list(parts.values() if isinstance(parts, Mapping) else parts)
+    if all(_is_category(part) for part in parts):
+        sizes = getattr(space, "nvec", [part.n for part in parts])
+        if np.ndim(sizes) == 1 and len(sizes) > 0:
+            return tuple(int(size) for size in sizes)
+    raise ValueError(
+        f"environment {name!r} has the action space {space}, but only Discrete and Box actions, Dict and Tuple "
+        "of Discrete, and one-dimensional MultiDiscrete are supported; flatten them into one of those first."
+    )
+
+
+def decode(space: Any, action: Any) -> Any:
+    """Discrete actions `[N]` or `[N, D]` as the environment's own."""
+    parts = getattr(space, "spaces", None)
+    if isinstance(parts, Mapping):
+        return {key: decode(part, action[:, d]) for d, (key, part) in enumerate(parts.items())}
+    if parts is not None:
+        return tuple(decode(part, action[:, d]) for d, part in enumerate(parts))
+    # Gymnasium's spaces of integers may begin at another number than zero.
+    return action + space.start if hasattr(space, "start") else action
+
+
+def fit(space: Any, action: Any, action_bounds: str, xp: Any = jnp) -> Any:
+    """Real numbers `[N, D]` as the environment's own continuous actions `[N, *shape]`.
+
+    -1 and 1 become the lower and the upper bound. What lies beyond is clipped, or everything is squashed by tanh.
+    Without bounds an action is passed on.
+
+    Args:
+      space: the action space, with `low` and `high`.
+      action: the numbers.
+      action_bounds: `clip` or `tanh`.
+      xp: `jax.numpy` or `numpy`.
+    """
+    shape = space.shape
+    low, high = (xp.broadcast_to(bound, shape) for bound in (space.low, space.high))
+    action = action.reshape(action.shape[0], *shape)
+    bounded = xp.isfinite(low) & xp.isfinite(high)
+    with np.errstate(invalid="ignore"):  # where it is not bounded
+        middle, half = (
+            xp.where(bounded, (high + low) / 2, 0),
+            xp.where(bounded, (high - low) / 2, 1),
+        )
+    fitted = xp.tanh(action) if action_bounds == "tanh" else xp.clip(action, -1.0, 1.0)
+    return xp.where(bounded, middle + half * fitted, action)
+
+
+def random_action(environment: Any, key: Array, num_envs: int) -> Array:
+    """Draws actions of an environment uniformly, as a policy would give them.
+
+    Args:
+      environment: anything with `num_actions`, `continuous` and `action_bounds`.
+      key: a PRNG key.
+      num_envs: N, how many.
+
+    Returns:
+      `[N]` or `[N, D]`.
+    """
+    number = environment.num_actions
+    if not environment.continuous:
+        shape = (num_envs, *np.shape(number))
+        return jax.random.randint(key, shape, 0, jnp.asarray(number))
+    uniform = jax.random.uniform(key, (num_envs, number), minval=-1.0, maxval=1.0)
+    return jnp.arctanh(0.999999 * uniform) if environment.action_bounds == "tanh" else uniform
+
+
+def _is_category(space: Any) -> bool:
+    """Whether a value of the space is one of n; Gymnasium's MultiBinary has an `n`, too, but a shape."""
+    return hasattr(space, "n") and tuple(getattr(space, "shape", ())) == ()
+
+
+def _is_array(space: Any) -> bool:
+    return hasattr(space, "low") or hasattr(space, "nvec") or hasattr(space, "n")
