@@ -4,7 +4,9 @@ A `HostEnvironment` describes such an environment, and makes its copies. It has 
 `a3c_jax.host_worker`, which steps the copies of one worker between compiled calls.
 """
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -138,6 +140,15 @@ class HostEnvironment:
                 f"got {made.num_envs}; pass the function's argument on as num_envs, or give a function if it is an object."
             )
         return VectorPlayer(made, np.asarray(entropy).ravel().tolist(), self.life_loss, close)
+
+    @contextlib.contextmanager
+    def playing(self, num_envs: int, entropy: Any = ()) -> Iterator[VectorPlayer]:
+        """Makes copies of the environment for a block, and closes them at its end. Takes what `make` takes."""
+        player = self.make(num_envs, entropy)
+        try:
+            yield player
+        finally:
+            player.close()
 
     def encode(self, observation: Any) -> Any:
         """Observations as the network sees them, arrays `[N, ...]` of at most 32 bits."""

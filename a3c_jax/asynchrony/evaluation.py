@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3c_jax.environments import Environment
+from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.networks import network_functions
 
 Array = jax.Array
+
+_ON_HOST_AT_A_TIME = 32
+"""How many environments on the host are evaluated side by side."""
 
 
 class Policy(NamedTuple):
@@ -82,6 +86,8 @@ def evaluate(
     """
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be >= 1, got {num_episodes}; use 100.")
+    if isinstance(environment, HostEnvironment):
+        return _run_episodes_on_host(policy, environment, num_episodes, params, key)
     returns, lengths = _run_episodes(policy, environment, num_episodes, params, key)
     return Evaluation(np.asarray(returns), np.asarray(lengths))
 
@@ -135,3 +141,27 @@ def _run_episodes(
     start = _Episodes(key, observation, state, carry, none == 0, none.astype(jnp.float32), none)
     end = jax.lax.while_loop(lambda now: jnp.any(now.running), step, start)
     return end.returns, end.lengths
+
+
+def _run_episodes_on_host(
+    policy: Policy, environment: HostEnvironment, num_episodes: int, params: Any, key: Array
+) -> Evaluation:
+    """The returns and lengths of the first episodes, a few environments at a time."""
+    returns, lengths = np.zeros(num_episodes, np.float32), np.zeros(num_episodes, np.int32)
+    act = jax.jit(policy.act)
+    for first in range(0, num_episodes, _ON_HOST_AT_A_TIME):
+        group = slice(first, min(num_episodes, first + _ON_HOST_AT_A_TIME))
+        num_envs = group.stop - first
+        key, seed_key, action_key = jax.random.split(key, 3)
+        with environment.playing(num_envs, jax.random.key_data(seed_key)) as player:
+            observation = environment.encode(player.begin(np.zeros(num_envs, np.int32)))
+            carry, running, step = policy.initialize_carry(num_envs), np.ones(num_envs, bool), 0
+            while running.any():
+                step_key = jax.random.fold_in(action_key, step)
+                action, carry = act(params, step_key, observation, carry)
+                stepped = player.step(environment.decode(np.asarray(action)))
+                returns[group] += np.where(running, stepped.reward, 0.0)
+                lengths[group] += running
+                running &= ~(stepped.terminated | stepped.truncated)
+                observation, step = environment.encode(stepped.observation), step + 1
+    return Evaluation(returns, lengths)
