@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorWrapper
+from gymnasium.wrappers import vector as wrappers
+from gymnasium.wrappers.utils import RunningMeanStd
 from host_games import FORMS, KINDS, MODES, Stairs, Vector, make_vector
 
 from a3c_jax.autoreset import VectorPlayer, autoreset_mode
@@ -283,3 +285,49 @@ def test_a_vector_that_withholds_the_last_observation_is_refused():
         ValueError, match=r"in info\['final_obs'\], got only \['final_observation'\]; give"
     ):
         list(play(player, actions_of(6)))
+
+
+# Gymnasium's wrappers of vectors. Those of observations refuse SameStep themselves.
+
+
+def played(vector):
+    player = VectorPlayer(vector, (1, 2))
+    return player, list(play(player, actions_of(7)))
+
+
+def sync(mode):
+    return SyncVectorEnv([Stairs] * N, autoreset_mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics_of_episodes_change_nothing(mode):
+    player, steps = played(wrappers.RecordEpisodeStatistics(sync(mode)))
+    _, expected = played(VectorWrapper(sync(mode)))
+    assert_same(steps, expected)
+    assert player.can_put_back == (mode == "Disabled")
+
+
+@pytest.mark.parametrize("mode", ["Disabled", "NextStep"])
+def test_observations_are_transformed_wherever_they_are_seen(mode):
+    transformed = wrappers.TransformObservation(sync(mode), lambda x: 2 * x)
+    _, steps = played(transformed)
+    _, expected = played(VectorWrapper(sync(mode)))
+    for (acted_upon, stepped), (plain, plainly) in zip(steps, expected, strict=True):
+        assert_same(acted_upon, 2 * plain)
+        assert_same(stepped.observation, 2 * plainly.observation)
+        assert_same(stepped.final_observation, 2 * plainly.final_observation)
+        assert_same(stepped.valid, plainly.valid)
+
+
+def test_observations_are_normalised_by_what_all_environments_have_shown_so_far():
+    player, steps = played(wrappers.NormalizeObservation(sync("NextStep")))
+    _, expected = played(VectorWrapper(sync("NextStep")))
+    assert player.marks_beginnings and not player.can_put_back
+    moments = RunningMeanStd(shape=(3,), dtype=np.float32)
+    for (acted_upon, stepped), (plain, plainly) in zip(steps, expected, strict=True):
+        moments.update(plain)
+        # Each is normalised once, by the moments of its time, and is the same where it is acted upon.
+        normalised = (plain - moments.mean) / np.sqrt(moments.var + 1e-8)
+        np.testing.assert_allclose(acted_upon, normalised, rtol=1e-5, atol=1e-6)
+        assert_same(stepped.valid, plainly.valid)
+        assert_same(stepped.final_observation, stepped.observation)
