@@ -171,6 +171,10 @@ class VectorPlayer:
         self._lives = np.where(ended, 0, lives)
         return lost
 
+    def render(self) -> np.ndarray:
+        """A picture of the first environment, `[height, width, 3]` uint8, if it was made with that `render_mode`."""
+        return np.asarray(self._environment.render()[0])
+
     def close(self) -> None:
         """Closes the environments."""
         self._close()

@@ -90,8 +90,8 @@ def _ale_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], 
             f"did you mean {' or '.join(f'ale:{known[k]}' for k in near) or 'ale:pong'}?"
         )
     options = dict(params)
-    if "size" in options:
-        options["img_height"] = options["img_width"] = options.pop("size")
+    size = options.pop("size", 84)
+    options = {"img_height": size, "img_width": size} | options
     accepted = {*inspect.signature(AtariVectorEnv).parameters} - {
         "game", "num_envs", "reward_clipping", "autoreset_mode", "batch_size", "life_loss_info",
     }  # fmt: skip

@@ -20,6 +20,13 @@ from a3c_jax.host_state import HostState
 Array = jax.Array
 
 
+_NARROW = {
+    np.dtype(np.float64): np.float32,
+    np.dtype(np.int64): np.int32,
+    np.dtype(np.uint64): np.uint32,
+}
+
+
 class HostEnvironment:
     """N copies of an environment that is stepped from Python.
 
@@ -153,7 +160,9 @@ class HostEnvironment:
     def encode(self, observation: Any) -> Any:
         """Observations as the network sees them, arrays `[N, ...]` of at most 32 bits."""
         encoded = spaces.encode(self.observation_space, observation, np)
-        return jax.tree.map(_narrow, encoded)
+        return (
+            _narrow(encoded) if isinstance(encoded, np.ndarray) else jax.tree.map(_narrow, encoded)
+        )
 
     def decode(self, action: np.ndarray) -> Any:
         """Actions of a policy, `[N]` or `[N, D]`, as the environment's own.
@@ -164,7 +173,8 @@ class HostEnvironment:
         if self.continuous:
             fitted = spaces.fit(self._actions, action, self.action_bounds, np)
             return fitted.astype(self._actions.dtype)
-        if (action < 0).any() or (action >= np.asarray(self.num_actions)).any():
+        # As an unsigned number, a negative one is too large as well.
+        if (action.astype(np.uint32) >= np.asarray(self.num_actions, np.uint32)).any():
             raise ValueError(
                 f"actions of environment {self.name!r} must lie in [0, {self.num_actions}), got "
                 f"{np.array2string(action)}; correct the policy's distribution."
@@ -198,8 +208,7 @@ def _check_parts(name: str, made: Any) -> None:
 def _narrow(x: Any) -> np.ndarray:
     """An array of at most 32 bits."""
     x = np.asarray(x)
-    narrow = {"float64": np.float32, "int64": np.int32, "uint64": np.uint32}
-    return x.astype(narrow.get(x.dtype.name, x.dtype), copy=False)
+    return x.astype(_NARROW[x.dtype]) if x.dtype in _NARROW else x
 
 
 def _zeros(space: Any) -> Any:

@@ -18,10 +18,9 @@ class HostSegment:
         self.episode_return = np.array(state.episode_return)
         self.episode_length = np.array(state.episode_length)
         self._t = 0
-        self._observation = jax.tree.map(
-            lambda x: np.empty((num_steps + 1, *x.shape), x.dtype), state.observation
-        )
-        jax.tree.map(lambda to, x: to.__setitem__(0, x), self._observation, state.observation)
+        leaves, self._structure = jax.tree.flatten(state.observation)
+        self._observation = [np.empty((num_steps + 1, *x.shape), x.dtype) for x in leaves]
+        self._set_observation(state.observation)
         self._final: dict[int, Any] = {}
         self._actions: list[np.ndarray] = []
         self._log_probs: list[np.ndarray] = []
@@ -34,7 +33,7 @@ class HostSegment:
 
     def observation(self) -> Any:
         """What to act upon next."""
-        return jax.tree.map(lambda x: x[self._t], self._observation)
+        return self._tree([x[self._t] for x in self._observation])
 
     def append(self, action: np.ndarray, log_prob: np.ndarray, stepped: Stepped) -> np.ndarray:
         """Adds a step. Returns where a recurrent network forgets, `[N]` bool."""
@@ -60,9 +59,7 @@ class HostSegment:
             self.episode_return = np.where(ended, np.float32(0), self.episode_return)
             self.episode_length = np.where(ended, np.int32(0), self.episode_length)
         self._t = t + 1
-        jax.tree.map(
-            lambda to, x: to.__setitem__(self._t, x), self._observation, stepped.observation
-        )
+        self._set_observation(stepped.observation)
         return terminated | truncated
 
     def read(self, carry: Any) -> tuple[rollout.Trajectory, rollout.Episodes]:
@@ -71,24 +68,38 @@ class HostSegment:
         Args:
           carry: what a recurrent network remembered at its start.
         """
-        observation_t = jax.tree.map(lambda x: x[1:], self._observation)
+        observation_t = [x[1:] for x in self._observation]
         if self._final:
-            observation_t = jax.tree.map(np.array, observation_t)
+            observation_t = [np.array(x) for x in observation_t]
             for t, final in self._final.items():
-                jax.tree.map(lambda to, x, t=t: to.__setitem__(t, x), observation_t, final)
+                for to, x in zip(observation_t, jax.tree.leaves(final), strict=True):
+                    to[t] = x
         trajectory = rollout.Trajectory(
-            observation_tm1=jax.tree.map(lambda x: x[:-1], self._observation),
+            observation_tm1=self._tree([x[:-1] for x in self._observation]),
             action_tm1=np.stack(self._actions),  # type: ignore[arg-type]
             reward_t=self._reward,  # type: ignore[arg-type]
             terminated_t=self._terminated,  # type: ignore[arg-type]
             truncated_t=self._truncated,  # type: ignore[arg-type]
-            observation_t=observation_t,
+            observation_t=self._tree(observation_t),
             carry=carry,
             log_prob_tm1=np.stack(self._log_probs),
             valid_tm1=self._valid,
         )
         episodes: Any = rollout.Episodes(self._ended, self._returns, self._lengths)  # type: ignore[arg-type]
         return trajectory, episodes
+
+    def _set_observation(self, observation: Any) -> None:
+        is_array = isinstance(observation, np.ndarray)
+        for to, x in zip(
+            self._observation,
+            [observation] if is_array else jax.tree.leaves(observation),
+            strict=True,
+        ):
+            to[self._t] = x
+
+    def _tree(self, leaves: list[np.ndarray]) -> Any:
+        """The leaves as an observation."""
+        return jax.tree.unflatten(self._structure, leaves)
 
     def actions(self) -> np.ndarray:
         """The actions, `[T, N, ...]`."""

@@ -220,7 +220,10 @@ class CompiledHostStep:
 
         trajectory, episodes = segment.read(state.carry)
         now = _learning_part(state._replace(carry=carry))
-        (gradients, statistics), learned = self._learn(params, now, ended, trajectory, episodes)
+        # Calls with large NumPy arrays return before they are computed, whatever the settings of the process are.
+        (gradients, statistics), learned = jax.block_until_ready(
+            self._learn(params, now, ended, trajectory, episodes)
+        )
         return gradients, self._next_state(live, segment, learned), statistics
 
     def _next_state(self, live: Live, segment: "HostSegment", learned: Any) -> Any:

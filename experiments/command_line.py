@@ -54,7 +54,7 @@ class Options:
     updates_per_row: int | None = 100
     """Number of updates between two rows of the metrics. None writes a row every half second instead."""
     gif: bool = False
-    """Write play.gif, an episode of the trained policy, if gymnax can draw the environment. CartPole and the other classic ones need pygame: pip install -e '.[gif]'."""
+    """Write play.gif, an episode of the trained policy, if the environment can be drawn. CartPole and the other classic ones need pygame: pip install -e '.[gif]'."""
 
     def __post_init__(self) -> None:
         for name, example in (
@@ -84,6 +84,7 @@ def main(
     *,
     arguments: Sequence[str] | None = None,
     sinks: Sequence[Any] = (),
+    evaluation_episodes: int = 100,
     **plot_options: Any,
 ) -> Path:
     """Runs one example from its command line.
@@ -95,25 +96,28 @@ def main(
         of the command line changes a value of it.
       arguments: the command line; by default that of the process.
       sinks: where rows of metrics go, besides `metrics.jsonl` and the progress bar.
+      evaluation_episodes: the default of that option.
       **plot_options: options of `experiments.plotting.learning_curve`.
 
     Returns:
       The run folder.
     """
     with exit_on_interruption():
-        return _run_example(name, description, presets, arguments, sinks, plot_options)
+        options = Options(evaluation_episodes=evaluation_episodes)
+        return _run_example(name, description, presets, options, arguments, sinks, plot_options)
 
 
 def _run_example(
     name: str,
     description: str,
     presets: Mapping[str, A3CConfig],
+    defaults: Options,
     arguments: Sequence[str] | None,
     sinks: Sequence[Any],
     plot_options: Mapping[str, Any],
 ) -> Path:
     with exit_on_bad_input():
-        config, options, cache = _parse_example(name, description, presets, arguments)
+        config, options, cache = _parse_example(name, description, presets, defaults, arguments)
         if options.resume is not None:
             start_with_threads_of(options.resume)
         # Everything below loads JAX. Until here nothing has, so that --help answers at once.
@@ -127,7 +131,7 @@ def _run_example(
         else:
             checkpoint = a3c_jax.find_checkpoint(options.resume)
             presets = {options.preset: checkpoint.config}
-            config, options, cache = _parse_example(name, description, presets, arguments)
+            config, options, cache = _parse_example(name, description, presets, defaults, arguments)
             check_same_run(checkpoint.config, config)
     import_seconds = time.perf_counter() - experiments.STARTED
     cache.use()
@@ -192,6 +196,7 @@ def _parse_example(
     name: str,
     description: str,
     presets: Mapping[str, A3CConfig],
+    defaults: Options,
     arguments: Sequence[str] | None,
 ) -> tuple[A3CConfig, Options, CompilationCache]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -199,7 +204,8 @@ def _parse_example(
     preset = parser.parse_known_args(arguments)[0].preset
     if preset not in presets:
         raise ValueError(f"preset must be one of {', '.join(presets)}, got {preset!r}.")
-    default = Arguments(config=presets[preset], options=Options(preset=preset))
+    options = dataclasses.replace(defaults, preset=preset)
+    default = Arguments(config=presets[preset], options=options)
     description = f"{description} Presets: {', '.join(presets)}."
     parsed = parse(name, Arguments, description, arguments, default=default)
     return parsed.config, parsed.options, parsed.cache
