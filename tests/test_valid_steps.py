@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from probes import Probe
 
-from a3c_jax import A3CConfig
+from a3c_jax import A3CConfig, _compiled
 from a3c_jax.action_values import EpsilonGreedy
 from a3c_jax.algorithm import SHARED, add_shared
 from a3c_jax.algorithms import find_algorithm
@@ -94,6 +94,11 @@ def return_of(column, t, value):
         if step.truncated or k == T - 1:
             return total + weight * value[step.after]
     raise AssertionError
+
+
+def gradient_of(loss):
+    """`loss(params, trajectory)` as a function that gives the gradient and the metrics."""
+    return _compiled.compile_for_few_calls(jax.grad(loss, has_aux=True, allow_int=True))
 
 
 class PolicyTable:
@@ -215,9 +220,9 @@ def test_the_q_methods_losses_and_gradients_are_means_over_the_valid_steps(metho
                 error -= online[step.before, step.action]
                 loss, best = loss + error**2 / 2, best + online[step.before].max()
                 gradient[step.before, step.action] -= error
-    found, metrics = jax.grad(
-        lambda w: algorithm.loss({**w, SHARED: shared}, as_trajectory(columns), own), has_aux=True
-    )(weights)
+    found, metrics = gradient_of(
+        lambda w, trajectory: algorithm.loss({**w, SHARED: shared}, trajectory, own)
+    )(weights, as_trajectory(columns))
     np.testing.assert_allclose(metrics["loss"], loss / count, rtol=1e-5)
     np.testing.assert_allclose(metrics["mean_value"], best / count, rtol=1e-5)
     np.testing.assert_allclose(found["table"], gradient / count, atol=1e-6)
@@ -238,7 +243,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+SLOW = {"gae", "gru", "n_step_q-gru"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in METHODS]
+)
 def test_a_segment_without_its_invalid_steps_gives_the_same(name):
     method = next((m for m in Q_METHODS if name.split("-")[0] in m), "a3c")
     algorithm, own = make(method, envs_per_worker=1, hidden_sizes=(6,), **METHODS[name])
@@ -253,7 +263,7 @@ def test_a_segment_without_its_invalid_steps_gives_the_same(name):
         )
         return algorithm.loss(params, trajectory, own)
 
-    gradient = jax.jit(jax.grad(loss, has_aux=True, allow_int=True))
+    gradient = gradient_of(loss)
     for column in SHORTENED:
         whole = as_trajectory([column])
         without = as_trajectory([[step for step in column if step.valid]])
@@ -280,9 +290,9 @@ def test_a_segment_of_nothing_but_invalid_steps_teaches_nothing(method):
         observation_t=rng.normal(size=(T, N, 2)).astype(np.float32),
         valid_tm1=flags,
     )
-    found, metrics = jax.grad(
-        lambda params: algorithm.loss(params, trajectory, own), has_aux=True, allow_int=True
-    )(params)
+    found, metrics = gradient_of(lambda *arguments: algorithm.loss(*arguments, own))(
+        params, trajectory
+    )
     assert metrics["loss"] == 0.0
     assert all(np.isfinite(value) for value in metrics.values())
     for leaf in jax.tree.leaves(found["params"]):
