@@ -262,14 +262,14 @@ class CompiledHostStep:
             return state
         episode = state.environment.episode + 1
         with live.watched():
-            first = live.player.begin(episode)
+            first = self._environment.begin(live.player, episode)
         live.log = ActionLog(state.environment.actions[:0])
         anew = jax.tree.map(lambda x: jnp.zeros_like(x), state.discounted_return)
         return state._replace(
             environment=HostState(
                 state.environment.entropy, episode, state.environment.actions[:0]
             ),
-            observation=self._environment.encode(first),
+            observation=first,
             episode_return=np.zeros(num_envs, np.float32),
             episode_length=np.zeros(num_envs, np.int32),
             carry=self._fresh_carry,

@@ -4,10 +4,14 @@ import functools
 import threading
 
 import gymnasium
+import jax
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
+
+from a3c_jax import _compiled
+from a3c_jax.blueprint import make_blueprint
 
 MODES = ["Disabled", "SameStep", "NextStep"]
 FORMS = ["array", "dict", "tuple", "number"]
@@ -188,3 +192,44 @@ def stairs(kind="sync", mode="Disabled", **options):
     """A factory of vectors of `Stairs`."""
     make = functools.partial(Stairs, **options)
     return Factory(lambda num_envs: make_vector(kind, mode, make, num_envs))
+
+
+class Quick:
+    """A function that is compiled quickly instead of well."""
+
+    in_single_kernel = False
+
+    def __init__(self, function, *examples, **options):
+        self._compiled = _compiled.compile_for_few_calls(function)
+        self(*examples)
+
+    def __call__(self, *arguments):
+        return jax.block_until_ready(self._compiled(*arguments))
+
+
+class Worker:
+    """One worker of a configuration, whose steps are made here one by one."""
+
+    def __init__(self, config, environment, **objects):
+        self.config = config
+        self.blueprint = make_blueprint(config, environment=environment, **objects)
+        seed = np.uint32(config.seed)
+        self.start = functools.partial(self.blueprint.start, seed)
+        self.state = self.start(np.int32(0))
+        self.params = self.blueprint.init(seed, self.state.observation)
+        step = self.blueprint.worker_step
+        is_host = hasattr(step, "compile")
+        self.step = (
+            step.compile(Quick, self.params, self.state)
+            if is_host
+            else Quick(step, self.params, self.state)
+        )
+
+    def segments(self, count):
+        """So many gradients and statistics, each with the state after it."""
+        state = self.state
+        for _ in range(count):
+            gradients, state, statistics = self.step(self.params, state)
+            yield gradients, state, statistics
+        if hasattr(state.environment, "live"):
+            state.environment.live.close()

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from host_games import MODES, Factory, Stairs, Vector, make_vector, stairs
+from host_games import MODES, Factory, Stairs, Vector, Worker, make_vector, stairs
 
 import a3c_jax
-from a3c_jax import A3CConfig, _compiled, fixed_delay
+from a3c_jax import A3CConfig, fixed_delay
 from a3c_jax.algorithm import a3c
-from a3c_jax.blueprint import make_blueprint
 from a3c_jax.distributions import Categorical
 from a3c_jax.environments import Transition
 from a3c_jax.host_state import ActionLog
@@ -26,47 +25,6 @@ from a3c_jax.networks import trajectory_apply
 from a3c_jax.normalization import Moments, merge_moments
 
 AT_NEWEST = functools.partial(a3c, learns_at_newest=True)
-
-
-class Quick:
-    """A function that is compiled quickly instead of well."""
-
-    in_single_kernel = False
-
-    def __init__(self, function, *examples, **options):
-        self._compiled = _compiled.compile_for_few_calls(function)
-        self(*examples)
-
-    def __call__(self, *arguments):
-        return jax.block_until_ready(self._compiled(*arguments))
-
-
-class Worker:
-    """One worker of a configuration, whose steps are made here one by one."""
-
-    def __init__(self, config, environment, **objects):
-        self.config = config
-        self.blueprint = make_blueprint(config, environment=environment, **objects)
-        seed = np.uint32(config.seed)
-        self.start = functools.partial(self.blueprint.start, seed)
-        self.state = self.start(np.int32(0))
-        self.params = self.blueprint.init(seed, self.state.observation)
-        step = self.blueprint.worker_step
-        is_host = hasattr(step, "compile")
-        self.step = (
-            step.compile(Quick, self.params, self.state)
-            if is_host
-            else Quick(step, self.params, self.state)
-        )
-
-    def segments(self, count):
-        """So many gradients and statistics, each with the state after it."""
-        state = self.state
-        for _ in range(count):
-            gradients, state, statistics = self.step(self.params, state)
-            yield gradients, state, statistics
-        if hasattr(state.environment, "live"):
-            state.environment.live.close()
 
 
 # Targets: a network that knows the true value of every state.
