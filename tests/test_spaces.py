@@ -273,7 +273,9 @@ def test_real_numbers_become_actions_within_their_bounds(name, action_bounds):
     steps.step(decoded)
     flat = np.float64(decoded.reshape(len(extreme), -1))
     assert (np.diff(flat, axis=0) >= 0).all()
-    if name in ("bytes", "int8"):  # the last one is as wide as the others
+    if (
+        name in ("bytes", "int8") and action_bounds == "clip"
+    ):  # the last one is as wide as the others
         np.testing.assert_array_equal(flat[2], flat[0])
     if name != "unbounded":
         low, high = np.float64(space.low).ravel(), np.float64(space.high).ravel()
