@@ -128,7 +128,7 @@ class VectorPlayer:
         actions: Sequence[Any],
         length: np.ndarray,
         watched: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> Any:
+    ) -> tuple[Any, np.ndarray]:
         """Plays running episodes again, up to where they were.
 
         All environments are stepped together, and their episodes end together, so that the longest begins first. The
@@ -142,22 +142,24 @@ class VectorPlayer:
           watched: a context manager that each step is made in.
 
         Returns:
-          The observations to act upon next.
+          The observations to act upon next, and what the episodes have paid, `[N]` float32.
         """
         steps = int(length.max(initial=0))
-        observation = self.begin(episode)
+        observation, paid = self.begin(episode), np.zeros(self._num_envs, np.float32)
         for k in range(steps):
             begins = length == steps - k
             if k and begins.any():
                 self.episode = np.where(begins, episode - 1, self.episode).astype(np.int32)
                 self._reset(begins)
             with watched():
-                observation = self.step(actions[k]).observation
+                stepped = self.step(actions[k])
+            observation = stepped.observation
+            paid = np.where(length >= steps - k, paid + stepped.reward, paid)
         late = length == 0
         if steps and late.any():
             self.episode = np.where(late, episode - 1, self.episode).astype(np.int32)
             observation = self._reset(late)
-        return observation
+        return observation, paid
 
     def _count_lives(self, info: dict[str, Any], ended: np.ndarray) -> np.ndarray:
         """Where there are fewer lives than before. A new game has no life before its first step."""

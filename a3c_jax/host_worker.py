@@ -288,11 +288,12 @@ class CompiledHostStep:
             why = "an episode was too long to be remembered"
         else:
             decoded = [self._environment.decode(action) for action in actions]
-            observation = self._environment.encode(
-                live.player.put_back(where.episode, decoded, length, live.watched)
-            )
-            same = jax.tree.map(np.array_equal, observation, state.observation)
-            if all(jax.tree.leaves(same)):
+            observation, paid = live.player.put_back(where.episode, decoded, length, live.watched)
+            found = jax.tree.leaves((self._environment.encode(observation), paid))
+            expected = jax.tree.leaves((state.observation, state.episode_return))
+            if all(
+                np.array_equal(*pair, equal_nan=True) for pair in zip(found, expected, strict=True)
+            ):
                 live.log = ActionLog(actions)
                 return True
             why = "it does not do the same again with the same seed and the same actions"

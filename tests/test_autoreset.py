@@ -119,10 +119,14 @@ def test_running_episodes_are_put_back_where_they_were(kind, mode, form):
         actions = actions_of(seed, steps + 8, num_envs)
         player, _ = recorded(kind, mode, form, (seed,), num_envs)
         observation, length = player.begin(np.full(num_envs, 5, np.int32)), np.zeros(num_envs, int)
+        paid = np.zeros(num_envs, np.float32)
         for action in actions[:steps]:
             stepped = player.step(action)
-            observation = jax.tree.map(np.array, stepped.observation)
-            length = np.where(stepped.terminated | stepped.truncated, 0, length + 1)
+            observation, ended = (
+                jax.tree.map(np.array, stepped.observation),
+                stepped.terminated | stepped.truncated,
+            )
+            length, paid = np.where(ended, 0, length + 1), np.where(ended, 0, paid + stepped.reward)
         other, _ = recorded(kind, mode, form, (seed,), num_envs)
         assert player.can_put_back and other.can_put_back
         if rng.random() < 0.5:  # it may have played before
@@ -130,7 +134,8 @@ def test_running_episodes_are_put_back_where_they_were(kind, mode, form):
         # What is remembered may begin before the longest episode does.
         longest = length.max() if num_envs else 0
         episode = player.episode.copy()
-        assert_same(other.put_back(episode, actions[steps - longest : steps], length), observation)
+        found = other.put_back(episode, actions[steps - longest : steps], length)
+        assert_same(found, (observation, paid))
         assert_same(other.episode, episode)
         for action in actions[steps:]:
             assert_same(jax.tree.map(np.array, other.step(action)), player.step(action))

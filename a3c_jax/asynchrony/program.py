@@ -71,7 +71,7 @@ class Program:
             the number of workers, the optimizer. If the optimizer changes, its update is compiled again.
 
         Raises:
-          ValueError: if a changed field needs another program.
+          ValueError: if a changed field needs another program, or other environments than were given as an object.
         """
         config = dataclasses.replace(self.config, **changes)
         refused = list(changes_needing_compilation(self.config, config))
@@ -83,6 +83,8 @@ class Program:
                 f"Program.replace must not change {', '.join(refused)}, which the compiled worker step "
                 "depends on; build another program."
             )
+        if isinstance(self.environment, HostEnvironment):
+            self.environment.check_copies(config.num_workers, config.envs_per_worker)
         program = dataclasses.replace(self, config=config)
         if same_optimizer:
             return program

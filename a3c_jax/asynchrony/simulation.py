@@ -112,7 +112,7 @@ def make_simulation(
     parts = check_parts(config, **objects)
     if isinstance(parts.environment, HostEnvironment):
         raise ValueError(
-            f"a simulation is one compiled program and needs an environment written in JAX, got {config.environment!r}, "
+            f"a simulation is one compiled program and needs an environment written in JAX, got {parts.environment.name!r}, "
             "which runs on the host; use train, or replay with a schedule of your own."
         )
     run = jax.jit(_make_run(config, parts, max_staleness + 1))
