@@ -74,12 +74,13 @@ class HostEnvironment:
         self._lent = threading.Lock()
         self._make = environment
         example = self._object if self._object is not None else environment(1)
-        _check_parts(name, example)
-        self.marks_beginnings = VectorPlayer(example).marks_beginnings
-        self.observation_space = example.single_observation_space
-        self._actions = example.single_action_space
-        if self._object is None:
-            example.close()
+        with contextlib.ExitStack() as afterwards:
+            if self._object is None:
+                afterwards.callback(_close_quietly, getattr(example, "close", None))
+            _check_parts(name, example)
+            self.marks_beginnings = VectorPlayer(example).marks_beginnings
+            self.observation_space = example.single_observation_space
+            self._actions = example.single_action_space
         self.observation_shape = spaces.observation_shape(name, self.observation_space)
         self.continuous = hasattr(self._actions, "low")
         self.num_actions = spaces.num_actions(name, self._actions)
@@ -130,23 +131,28 @@ class HostEnvironment:
         Raises:
           ValueError: if the environment was given as an object that is in use, or if it has another number of copies.
         """
-        close = None
         if self._object is None:
             made = self._make(num_envs)
-            _check_parts(self.name, made)
+            close = getattr(made, "close", None)
         elif self._lent.acquire(blocking=False):
             made, close = self._object, self._lent.release
         else:
             raise ValueError(
                 f"environment {self.name!r} was given as one object, which is in use; give a function that makes one."
             )
-        if made.num_envs != num_envs:
-            (close or made.close)()
-            raise ValueError(
-                f"environment {self.name!r} must be made with the number of copies that is asked for, {num_envs}, "
-                f"got {made.num_envs}; pass the function's argument on as num_envs, or give a function if it is an object."
-            )
-        return VectorPlayer(made, np.asarray(entropy).ravel().tolist(), self.life_loss, close)
+        with contextlib.ExitStack() as if_it_does_not_fit:
+            if_it_does_not_fit.callback(_close_quietly, close)
+            _check_parts(self.name, made)
+            if made.num_envs != num_envs:
+                raise ValueError(
+                    f"environment {self.name!r} must be made with the number of copies that is asked for, "
+                    f"{num_envs}, got {made.num_envs}; pass the function's argument on as num_envs, or give a "
+                    "function if it is an object."
+                )
+            words = np.asarray(entropy).ravel().tolist()
+            player = VectorPlayer(made, words, self.life_loss, close)
+            if_it_does_not_fit.pop_all()
+        return player
 
     @contextlib.contextmanager
     def playing(self, num_envs: int, entropy: Any = ()) -> Iterator[VectorPlayer]:
@@ -155,7 +161,7 @@ class HostEnvironment:
         try:
             yield player
         finally:
-            player.close()
+            _close_quietly(player.close)
 
     def encode(self, observation: Any) -> Any:
         """Observations as the network sees them, arrays `[N, ...]` of at most 32 bits."""
@@ -211,6 +217,13 @@ class HostEnvironment:
             return jax.ShapeDtypeStruct((num_envs, self.num_actions), jnp.float32)
         narrow = jnp.uint8 if np.max(self.num_actions) <= 256 else jnp.int32
         return jax.ShapeDtypeStruct((num_envs, *np.shape(self.num_actions)), narrow)
+
+
+def _close_quietly(close: Any) -> None:
+    """Closes what is not needed any more. An error in that changes nothing."""
+    if close is not None:
+        with contextlib.suppress(Exception):
+            close()
 
 
 def _check_parts(name: str, made: Any) -> None:
