@@ -15,7 +15,7 @@ A worker is a pure function; asynchrony is a thin shell around it. The package h
 | `normalization`       | running mean and variance of observations and rewards                         |
 | `protocol`            | what an environment is to the rest of the package                             |
 | `cells`               | recurrent cells: LSTM and GRU                                                 |
-| `torsos`              | the first layers of a network: dense or convolutional                         |
+| `torsos`              | the first layers of a network: dense, or convolutional for MinAtar and Atari  |
 | `networks`            | `ActorCritic`: torso, recurrent core, heads                                   |
 | `action_values`       | a network that gives the value of every action; epsilon-greedy                |
 | `gymnax_environment`  | an environment of gymnax, side by side                                        |
@@ -27,6 +27,7 @@ A worker is a pure function; asynchrony is a thin shell around it. The package h
 | `worker`              | `worker_step`: unroll, loss, gradients                                        |
 | `optimizers`          | optimizers by name, and one update as a pure function                         |
 | `reset_check`         | whether an environment begins anew when an episode has ended                  |
+| `network_checks`      | networks that do not fit their environment, refused                           |
 | `checks`              | set-ups that would train without learning, refused                            |
 | `own_checks`          | algorithms, losses, optimizers of your own that cannot work, refused          |
 | `blueprint`           | what a configuration describes, as pure functions                             |
@@ -108,8 +109,9 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = [
     "action_values", "algorithm", "algorithms", "asynchrony", "blueprint", "cells", "checks", "config", "distributions",
-    "environments", "gymnax_environment", "losses", "names", "networks", "normalization", "optimizers",
-    "own_checks", "protocol", "q_learning", "reset_check", "rollout", "rules", "torsos", "value_losses", "worker",
+    "environments", "gymnax_environment", "losses", "names", "network_checks", "networks", "normalization",
+    "optimizers", "own_checks", "protocol", "q_learning", "reset_check", "rollout", "rules", "torsos", "value_losses",
+    "worker",
 ]  # fmt: skip
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

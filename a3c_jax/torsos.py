@@ -17,6 +17,9 @@ Array = jax.Array
 # The first argument is a variance: a standard deviation of sqrt(2) over the root of fan-in.
 _TORSO_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
+SMALLEST_FRAME = 20
+"""Height and width from which on the convolutions of `Atari` have an output."""
+
 
 def choose_torso(observation_shape: Any) -> str:
     """The torso that `auto` stands for: `conv` for MinAtar's images, `atari` for frames of a game, otherwise `mlp`.
@@ -81,7 +84,8 @@ class ConvolutionParameters(nn.Module):
     def __call__(self, channels: int) -> tuple[Array, Array]:
         """The kernel `[size, size, channels, features]` and the bias `[features]`."""
         shape = (self.size, self.size, channels, self.features)
-        kernel = self.param("kernel", _TORSO_INIT, shape)  # first, as there, for the same random key
+        # The kernel comes first, as it does there, so that it gets the same random key.
+        kernel = self.param("kernel", _TORSO_INIT, shape)
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
 
@@ -131,8 +135,18 @@ class Atari(nn.Module):
 
     @nn.compact
     def __call__(self, observation: Array) -> Array:
-        """Maps frames `[..., frames, height, width]`, usually uint8, to `[..., hidden_sizes[-1]]` float32."""
+        """Maps frames `[..., frames, height, width]`, usually uint8, to `[..., hidden_sizes[-1]]` float32.
+
+        Raises:
+          ValueError: if the frames are too small for the convolutions.
+        """
         batch, frames = observation.shape[:-3], observation.shape[-3:]
+        if len(frames) < 3 or min(frames[1:]) < SMALLEST_FRAME:
+            raise ValueError(
+                f"observations must be [..., frames, height, width] of at least {SMALLEST_FRAME}x{SMALLEST_FRAME} "
+                f"pixels for the torso 'atari', got shape {observation.shape}; use the torso 'mlp', or bring the "
+                "frames to the front."
+            )
         layers = [  # parameters and stride
             (ConvolutionParameters(16, 8, name="Conv_0")(frames[0]), 4),
             (ConvolutionParameters(32, 4, name="Conv_1")(16), 2),
