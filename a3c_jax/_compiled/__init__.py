@@ -54,6 +54,7 @@ are imported when gymnax first draws instead, and its own import takes a sixth o
 from collections.abc import Callable
 from typing import Any
 
+from a3c_jax._compiled.convolution import convolve, in_chunks
 from a3c_jax._compiled.function import (
     CompiledFunction,
     DebuggedFunction,
@@ -71,8 +72,10 @@ __all__ = [
     "Packed",
     "compile",
     "compile_for_few_calls",
+    "convolve",
     "enabled",
     "import_gymnax",
+    "in_chunks",
     "prepare_process",
     "unpack",
 ]
