@@ -56,7 +56,10 @@ class Live:
           TimeoutError: if a watched block in it takes longer than `step_seconds`. The thread is given up.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=_work, args=(self._tasks,), daemon=True)
+            name = f"{threading.current_thread().name}-environments"
+            self._thread = threading.Thread(
+                target=_work, args=(self._tasks,), name=name, daemon=True
+            )
             self._thread.start()
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._tasks.put((function, done))
