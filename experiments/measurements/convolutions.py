@@ -25,7 +25,7 @@ from a3c_jax.protocol import Transition
 from experiments import minatar
 from experiments.command_line import exit_on_bad_input, parse
 from experiments.measurements import timing
-from experiments.measurements.torsos import MLP, Atari, PlainActorCritic
+from experiments.measurements.torsos import Atari, PlainActorCritic
 
 Part = Literal["torso", "step", "loop", "train"]
 Calls = dict[str, Callable[[], Any]]
@@ -72,7 +72,7 @@ class Frames:
 class Whole(nn.Module):
     """The Atari torso with convolutions as matrix products, but without chunks."""
 
-    hidden_sizes: tuple[int, ...]
+    hidden_size: int
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -81,12 +81,12 @@ class Whole(nn.Module):
             parameters = torsos.ConvolutionParameters(features, size, name=f"Conv_{n}")
             kernel, bias = parameters(x.shape[-1])
             x = nn.relu(_compiled.convolve(x, kernel, stride) + bias)
-        return MLP(self.hidden_sizes, nn.relu)(x.reshape(len(x), -1))
+        return nn.relu(nn.Dense(self.hidden_size)(x.reshape(len(x), -1)))
 
 
 FORMS: dict[str, nn.Module] = {
     "flax.linen.Conv": Atari((256,)),
-    "products": Whole((256,)),
+    "products": Whole(256),
     "products, in chunks": torsos.Atari((256,), nn.relu),
 }
 
@@ -94,9 +94,9 @@ FORMS: dict[str, nn.Module] = {
 def torso_calls(batch: int, size: int, gradient: bool) -> Calls:
     """The Atari torso in all its forms, forward or its gradient, for so many observations."""
     frames = np.random.default_rng(0).integers(0, 256, (batch, 4, size, size), np.uint8)
+    params = torsos.Atari((256,), nn.relu).init(jax.random.key(0), frames[:1])
     calls = {}
     for name, torso in FORMS.items():
-        params = torso.init(jax.random.key(0), frames[:1])
 
         def loss(params: Any, frames: Any, torso: nn.Module = torso) -> Any:
             return jnp.mean(torso.apply(params, frames) ** 2)  # type: ignore[operator]

@@ -78,7 +78,9 @@ class MinAtar(nn.Module):
         batch, image = x.shape[:-3], x.shape[-3:]
         x = x.reshape(-1, *image).astype(jnp.float32)
         x = nn.relu(nn.Conv(16, (3, 3), padding="VALID")(x)).reshape(*batch, -1)
-        return MLP(self.hidden_sizes, nn.relu)(x)
+        for size in self.hidden_sizes:
+            x = nn.relu(nn.Dense(size)(x))
+        return x
 
 
 class Atari(nn.Module):
@@ -92,7 +94,10 @@ class Atari(nn.Module):
         x = jnp.moveaxis(standardize_images(x.reshape(-1, *frames)), 1, -1)
         x = nn.relu(nn.Conv(16, (8, 8), (4, 4), padding="VALID")(x))
         x = nn.relu(nn.Conv(32, (4, 4), (2, 2), padding="VALID")(x))
-        return MLP(self.hidden_sizes, nn.relu)(x.reshape(*batch, -1))
+        x = x.reshape(*batch, -1)
+        for size in self.hidden_sizes:
+            x = nn.relu(nn.Dense(size)(x))
+        return x
 
 
 class PlainActorCritic(ActorCritic):
