@@ -61,6 +61,7 @@ from a3c_jax._compiled.function import (
     PlainFunction,
     VectorFunction,
     compile_for_few_calls,
+    packed_type,
     unpack,
 )
 from a3c_jax._compiled.packing import Packed
@@ -76,6 +77,7 @@ __all__ = [
     "enabled",
     "import_gymnax",
     "in_chunks",
+    "packed_type",
     "prepare_process",
     "unpack",
 ]

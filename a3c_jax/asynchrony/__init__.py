@@ -20,6 +20,7 @@
 | `evaluation`  | whole episodes by a fixed policy                                                       |
 | `loading`     | `load`: what a run has learnt, ready to act                                            |
 | `program`     | `build`: what a configuration describes, compiled once and run often                   |
+| `ray_workers` | steps in processes of their own, on one machine or many, by Ray                        |
 | `result`      | `TrainResult`: what a run leaves behind                                                |
 | `run`         | one run of a program: what `train` and `replay` have in common                         |
 | `reporting`   | what a run shows and saves while it goes on                                            |
