@@ -9,7 +9,8 @@ from a3c_jax.asynchrony.checkpoint_files import Checkpoint
 from a3c_jax.asynchrony.checkpoints import CheckpointFolder
 from a3c_jax.asynchrony.metrics import Report, Row, Sink
 from a3c_jax.asynchrony.program import Program, as_program
-from a3c_jax.asynchrony.ray_workers import RayOptions, steps_on_ray
+from a3c_jax.asynchrony.ray_cluster import RayOptions
+from a3c_jax.asynchrony.ray_workers import steps_on_ray
 from a3c_jax.asynchrony.reporting import Outlets, Reports
 from a3c_jax.asynchrony.result import TrainResult
 from a3c_jax.asynchrony.run import Run

@@ -1,0 +1,219 @@
+"""Workers on Ray: the same run as in one process, bit for bit, whatever dies meanwhile."""
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_runs import SMALL, assert_equal_runs, program
+
+import a3c_jax
+from a3c_jax import A3CConfig, CheckpointFolder, RayOptions, WorkerError, replay, train
+from a3c_jax.asynchrony.step_process import Form, StepProcess, recipe_of
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.xdist_group("ray")
+
+
+SYNC_CARTPOLE = "gymnasium:CartPole-v1?vectorization_mode='sync'"
+"""Its running episodes can be played again from their seeds."""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One cluster for all tests, with room for three processes."""
+    ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def config_of(environment="CartPole-v1", **changes):
+    return A3CConfig(**(SMALL | {"environment": environment, "max_steps": 8 * 40} | changes))
+
+
+def processes():
+    """The ids of the processes that make steps: those of Ray's that descend from this one."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_ours = (path / "cmdline").read_bytes().startswith(b"ray::StepProcess")
+            if is_ours and parent(parent(int(path.name))) == os.getpid():
+                found.append(int(path.name))
+    return found
+
+
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("environment", ["CartPole-v1", "gymnasium:CartPole-v1", "ale:pong"])
+def test_one_worker_on_ray_is_one_worker_in_a_thread(cluster, environment):
+    if environment.startswith("ale:"):
+        pytest.importorskip("ale_py")
+    built = program(config_of(environment, max_steps=8 * 12))
+    assert_equal_runs(train(built, ray="auto"), train(built))
+
+
+@pytest.mark.parametrize("environment", ["CartPole-v1", "gymnasium:CartPole-v1"])
+def test_the_schedule_of_a_run_on_ray_repeats_it_in_one_thread(cluster, environment):
+    built = program(config_of(environment, num_workers=3))
+    result = train(built, ray="auto")
+    assert len(set(result.schedule.worker.tolist())) > 1
+    assert len(result.episodes.worker) > 0
+    assert_equal_runs(result, replay(built, result.schedule))
+
+
+def test_workers_can_share_a_process(cluster):
+    built = program(config_of(num_workers=4))
+    result = train(built, ray=RayOptions(workers_per_process=2))
+    assert_equal_runs(result, replay(built, result.schedule))
+
+
+def test_rows_show_what_an_exchange_takes(cluster):
+    rows = []
+    train(program(config_of()), ray="auto", on_progress=rows.append)
+    assert rows[-1]["exchange_milliseconds"] > 0
+    assert rows[-1]["step_milliseconds"] > 0
+
+
+def test_more_workers_than_the_cluster_has_room_for_share_what_there_is(cluster):
+    built = program(config_of(num_workers=4))
+    with pytest.warns(RuntimeWarning, match="has no place for some"):
+        result = train(built, ray=RayOptions(patience=1.0))
+    assert_equal_runs(result, replay(built, result.schedule))
+
+
+def test_a_run_on_ray_goes_on_from_its_checkpoint_in_threads_and_back(cluster, tmp_path):
+    short, whole = (program(config_of(max_steps=8 * n)) for n in (20, 40))
+    train(short, ray="auto", checkpoints=CheckpointFolder(tmp_path))
+    resumed = train(whole, ray="auto", resume=a3c_jax.find_checkpoint(tmp_path))
+    assert_equal_runs(resumed, train(whole))
+
+
+def test_a_worker_that_raises_ends_the_run_with_its_own_exception(cluster):
+    from a3c_jax.host_environment import HostEnvironment
+
+    environment = HostEnvironment("Breaks", make_breaking)
+    with pytest.raises(WorkerError, match="worker 0 failed with ZeroDivisionError: broken") as info:
+        train(config_of(), environment=environment, ray="auto")
+    assert isinstance(info.value.__cause__, ZeroDivisionError)
+    assert info.value.result.version > 0
+
+
+def make_breaking(num_envs):
+    import gymnasium
+
+    made = gymnasium.make_vec("CartPole-v1", num_envs)
+    steps = [0]
+    step = made.step
+
+    def counted(action):
+        steps[0] += 1
+        if steps[0] > 20:
+            raise ZeroDivisionError("broken")
+        return step(action)
+
+    made.step = counted
+    return made
+
+
+def test_what_cannot_be_sent_is_refused_before_anything_starts(tmp_path):
+    import gymnasium
+
+    opened = gymnasium.make_vec("CartPole-v1", 2)
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    with pytest.raises(TypeError, match=r"cannot be pickled \(environment .*give a function"):
+        train(config_of(), environment=opened, ray="local", checkpoints=folder)
+    assert not list(folder.path.glob("*.checkpoint"))
+    opened.close()
+
+
+def test_without_ray_there_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install -e '.\[ray\]'"):
+        train(program(config_of()), ray="auto")
+
+
+def test_an_option_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="RayOptions.workers_per_process must be >= 1, got 0"):
+        RayOptions(workers_per_process=0)
+
+
+def test_ctrl_c_is_ours_again_after_a_run(cluster):
+    def ours(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        train(program(config_of(max_steps=8)), ray="auto")
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# Without Ray: what runs in its processes
+
+
+def test_trees_pass_between_processes_bit_for_bit():
+    tree = {"key": jax.random.key(3), "x": np.float32([1, np.nan]), "flag": np.array([True])}
+    form = Form(tree)
+    again = form.dressed(form.bare(tree))
+    assert jax.random.key_data(again["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
+    assert np.asarray(again["x"]).tobytes() == tree["x"].tobytes()
+    assert again["flag"].dtype == bool
+
+
+def test_a_process_takes_the_steps_that_the_program_takes():
+    built = program(config_of())
+    process = StepProcess({})
+    process.build(recipe_of(built))
+    params, state = built.initial_params(), built.initial_states()[0]
+    forms = process._forms
+    sent = forms.state.bare(state)
+    for _ in range(3):
+        gradients, state, _ = built.step(params, state)
+        bare, new, _, seconds = process.step(0, forms.params.bare(params), sent)
+        np.testing.assert_array_equal(bare, forms.gradients.bare(gradients))
+        np.testing.assert_array_equal(new, forms.state.bare(state))
+        assert seconds > 0
+        sent = None  # it has the newest
+    process.close()
+
+
+# What dies
+
+
+def train_under_fire(built, kills, options="auto", seconds=(0.1, 0.5), **more):
+    """A run during which processes of its are killed at random moments, once it has begun; and how many were."""
+    random = np.random.default_rng(0)
+    begun, finished, killed = threading.Event(), threading.Event(), []
+
+    def kill():
+        begun.wait()
+        while len(killed) < kills and not finished.wait(random.uniform(*seconds)):
+            if pids := processes():
+                killed.append(int(random.choice(pids)))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        row = {"on_progress": lambda row: begun.set(), "interval": 0.1}
+        return train(built, ray=options, **row, **more), len(killed)
+    finally:
+        finished.set()
+        begun.set()
+        killer.join()
+
+
+@pytest.mark.parametrize(("environment", "updates"), [("CartPole-v1", 1_000), (SYNC_CARTPOLE, 300)])
+def test_a_process_that_is_killed_leaves_no_trace_in_the_run(cluster, environment, updates):
+    built = program(config_of(environment, num_workers=2, max_steps=8 * updates))
+    result, killed = train_under_fire(built, 1)
+    assert killed == 1
+    assert result.version == updates
+    assert_equal_runs(result, replay(built, result.schedule))
