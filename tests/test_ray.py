@@ -1,9 +1,13 @@
 """Workers on Ray: the same run as in one process, bit for bit, whatever dies meanwhile."""
 
 import contextlib
+import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -12,7 +16,15 @@ import pytest
 from small_runs import SMALL, assert_equal_runs, program
 
 import a3c_jax
-from a3c_jax import A3CConfig, CheckpointFolder, RayOptions, WorkerError, replay, train
+from a3c_jax import (
+    A3CConfig,
+    CheckpointFolder,
+    RayOptions,
+    TrainingInterrupted,
+    WorkerError,
+    replay,
+    train,
+)
 from a3c_jax.asynchrony.step_process import Form, StepProcess, recipe_of
 
 ray = pytest.importorskip("ray")
@@ -133,7 +145,7 @@ def test_what_cannot_be_sent_is_refused_before_anything_starts(tmp_path):
 
 
 def test_without_ray_there_is_one_sentence(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install -e '.\[ray\]'"):
         train(program(config_of()), ray="auto")
 
@@ -187,10 +199,26 @@ def test_a_process_takes_the_steps_that_the_program_takes():
 # What dies
 
 
-def train_under_fire(built, kills, options="auto", seconds=(0.1, 0.5), **more):
-    """A run during which processes of its are killed at random moments, once it has begun; and how many were."""
+def train_under_fire(built, kills, options="auto", seconds=(0.1, 0.5), then=None):
+    """A run during which processes of its are killed at random moments, once it has begun.
+
+    Args:
+      built: the program.
+      kills: how many to kill.
+      options: for Ray.
+      seconds: between two kills, at least and at most.
+      then: what ends the run when all were killed; None lets it come to its end.
+
+    Returns:
+      The result, and how many were killed.
+    """
     random = np.random.default_rng(0)
     begun, finished, killed = threading.Event(), threading.Event(), []
+
+    def on_progress(row):
+        begun.set()
+        if then is not None and len(killed) == kills:
+            raise then
 
     def kill():
         begun.wait()
@@ -202,8 +230,8 @@ def train_under_fire(built, kills, options="auto", seconds=(0.1, 0.5), **more):
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        row = {"on_progress": lambda row: begun.set(), "interval": 0.1}
-        return train(built, ray=options, **row, **more), len(killed)
+        result = train(built, ray=options, on_progress=on_progress, interval=0.1)
+        return result, len(killed)
     finally:
         finished.set()
         begun.set()
@@ -217,3 +245,134 @@ def test_a_process_that_is_killed_leaves_no_trace_in_the_run(cluster, environmen
     assert killed == 1
     assert result.version == updates
     assert_equal_runs(result, replay(built, result.schedule))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", ["CartPole-v1", SYNC_CARTPOLE])
+def test_twenty_processes_that_are_killed_leave_no_trace_in_the_run(cluster, environment):
+    built = program(config_of(environment, num_workers=3, max_steps=10**7))
+    options = RayOptions(max_deaths=20)
+    with pytest.raises(TrainingInterrupted) as info:
+        train_under_fire(built, 20, options, seconds=(0.3, 4.0), then=KeyboardInterrupt)
+    result = info.value.result
+    assert set(result.schedule.worker.tolist()) == {0, 1, 2}
+    assert_equal_runs(result, replay(built, result.schedule))
+
+
+def test_a_process_that_always_dies_ends_the_run(cluster):
+    from a3c_jax.host_environment import HostEnvironment
+
+    environment = HostEnvironment("Dies", make_dying)
+    with pytest.raises(WorkerError, match="its process died 2 times in a row"):
+        train(config_of(), environment=environment, ray=RayOptions(max_deaths=1))
+
+
+def make_dying(num_envs):
+    import gymnasium
+
+    made = gymnasium.make_vec("CartPole-v1", num_envs)
+    made.reset = lambda **options: os.kill(os.getpid(), signal.SIGKILL)
+    return made
+
+
+SCRIPT = """
+import sys
+from a3c_jax import A3CConfig, CheckpointFolder, TrainingInterrupted, train
+
+config = A3CConfig(num_workers=2, envs_per_worker=2, t_max=4, hidden_sizes=(8,), seed=3, max_steps=10**9)
+try:
+    train(config, ray="local", checkpoints=CheckpointFolder(sys.argv[1], every_seconds=0.5),
+          on_progress=lambda row: print(row["updates"], flush=True))
+except TrainingInterrupted as error:
+    print("interrupted", error.signal, error.result.version, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_no_process_behind_and_can_go_on(tmp_path, number):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        rows = [driver.stdout.readline() for _ in range(4)]
+        family = descendants(driver.pid)
+        assert len(family) > 2
+        driver.send_signal(number)
+        rest = driver.stdout.read()
+        driver.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, family)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [pid for pid in family if is_alive(pid)] == []
+    checkpoint = a3c_jax.find_checkpoint(tmp_path)
+    if number == signal.SIGKILL:
+        assert checkpoint.version > 0
+    else:
+        assert f"interrupted {number.value} {checkpoint.version}" in rest
+    config = dataclasses.replace(checkpoint.config, max_steps=8 * (checkpoint.version + 100))
+    resumed = a3c_jax.train(program(config), resume=checkpoint)
+    assert resumed.version == checkpoint.version + 100, rows
+
+
+def descendants(pid):
+    """The processes below one, by their ids and starting times."""
+    children = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            children.setdefault(parent(int(path.name)), []).append(int(path.name))
+    found, new = [], [pid]
+    while new:
+        new = [child for one in new for child in children.get(one, [])]
+        found += new
+    return [(child, started(child)) for child in found]
+
+
+def started(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def is_alive(process):
+    pid, since = process
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" and started(pid) == since
+    except OSError:
+        return False
+
+
+NODES = """
+import threading
+from a3c_jax import A3CConfig, RayOptions, build, replay, train
+from ray.cluster_utils import Cluster
+import jax, numpy, ray
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+node = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address)
+config = A3CConfig(num_workers=2, envs_per_worker=2, t_max=4, hidden_sizes=(8,), seed=3, max_steps=8 * 4000)
+program = build(config)
+rows = []
+
+def on_progress(row):
+    rows.append(row)
+    if len(rows) == 2:
+        threading.Thread(target=cluster.remove_node, args=(node,)).start()
+
+result = train(program, ray=RayOptions(patience=2.0), on_progress=on_progress, interval=0.2)
+assert result.version == 4000, result.version
+again = replay(program, result.schedule)
+for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(again.params)):
+    assert numpy.asarray(a).tobytes() == numpy.asarray(b).tobytes()
+assert len(rows) > 2, rows
+print("equal", (result.schedule.worker[-400:] == 0).mean())
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_machine_that_is_gone_move_to_another():
+    run = subprocess.run([sys.executable, "-c", NODES], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "equal" in run.stdout
+    assert "has no place for some" in run.stderr

@@ -17,7 +17,7 @@ from a3c_jax.asynchrony.run import Run
 from a3c_jax.asynchrony.signals import noted_signals
 from a3c_jax.asynchrony.sinks import CallFunction
 from a3c_jax.asynchrony.thread_pools import warn_if_different
-from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
+from a3c_jax.asynchrony.threads import Step, WorkerError, WorkerThreads
 from a3c_jax.config import A3CConfig
 
 
@@ -122,16 +122,7 @@ def train(
                 steps_on_ray(program, ray, stopping) as steps,
                 _keeping(checkpoints, run, resume),
             ):
-                threads = WorkerThreads(
-                    steps or program.step,
-                    run.store,
-                    run.states,
-                    read_report=Report,
-                    on_update=run.on_update,
-                    max_updates=run.remaining_updates,
-                    max_running=_max_running(program, run, steps is not None),
-                    stopping=stopping,
-                )
+                threads = _make_threads(run, steps, stopping)
                 reports = Reports(run, outlets, checkpoints)
                 if resume is None:
                     reports.save()  # so that there is something to go on from, whatever happens next
@@ -201,6 +192,20 @@ def _start(
         run.restore(resume)
         warn_if_different(resume.versions)
     return run
+
+
+def _make_threads(run: Run, steps: list[Step] | None, stopping: threading.Event) -> WorkerThreads:
+    """The threads of a run, with a step for each, or all with the program's."""
+    return WorkerThreads(
+        run.program.step if steps is None else steps,
+        run.store,
+        run.states,
+        read_report=Report,
+        on_update=run.on_update,
+        max_updates=run.remaining_updates,
+        max_running=_max_running(run.program, run, steps is not None),
+        stopping=stopping,
+    )
 
 
 def _max_running(program: Program, run: Run, elsewhere: bool) -> int | None:
