@@ -110,11 +110,11 @@ class VectorPlayer:
             if began.any():
                 valid = ~began
                 reward = np.where(valid, reward, np.float32(0))
-            self.episode += began
+            self.episode = self.episode + began
         elif ended.any():
             if self._resets_itself:
-                final_observation = _insert(observation, info["final_obs"], ended)
-                self.episode += ended
+                final_observation = _insert(observation, info, ended)
+                self.episode = self.episode + ended
             else:
                 final_observation = jax.tree.map(np.array, observation)
                 observation = self._reset(ended)
@@ -182,6 +182,7 @@ class VectorPlayer:
     def _reset(self, mask: np.ndarray) -> Any:
         """Begins the next episode of some environments. Returns the observations of all."""
         self.episode = self.episode + mask
+        self._lives = np.where(mask, 0, self._lives)
         seeds: Any = [self._seed(n) if mask[n] else None for n in range(self._num_envs)]
         if self._seeds_only_those_reset:
             seeds = np.array([seed for seed in seeds if seed is not None])
@@ -199,25 +200,38 @@ class VectorPlayer:
 def autoreset_mode(environment: Any) -> str:
     """`Disabled`, `SameStep` or `NextStep`.
 
+    Gymnasium's own vectors write it into the metadata of the single environments' class, where the next vector of
+    that class overwrites it. They have it as an attribute, too, which is read instead.
+
     Raises:
       ValueError: if the environment does not say.
     """
-    mode = (getattr(environment, "metadata", None) or {}).get("autoreset_mode")
-    mode = getattr(mode, "value", mode)
-    if mode not in ("Disabled", "SameStep", "NextStep"):
-        raise ValueError(
-            "a vector environment must say in metadata['autoreset_mode'] how its episodes begin anew, got "
-            f"{mode!r} from {type(environment).__name__}; set it to a gymnasium.vector.AutoresetMode."
-        )
-    return str(mode)
+    metadata = getattr(environment, "metadata", None) or {}
+    innermost = getattr(environment, "unwrapped", environment)
+    found = [metadata.get("autoreset_mode")]
+    if metadata is getattr(innermost, "metadata", None):
+        found.insert(0, getattr(innermost, "autoreset_mode", None))
+    for mode in (getattr(mode, "value", mode) for mode in found):
+        if mode in ("Disabled", "SameStep", "NextStep"):
+            return str(mode)
+    raise ValueError(
+        "a vector environment must say in metadata['autoreset_mode'] how its episodes begin anew, got "
+        f"{found[-1]!r} from {type(environment).__name__}; set it to a gymnasium.vector.AutoresetMode."
+    )
 
 
-def _insert(observation: Any, final: Any, ended: np.ndarray) -> Any:
+def _insert(observation: Any, info: dict[str, Any], ended: np.ndarray) -> Any:
     """The observations with the last ones of the ended episodes in place of the next ones' first.
 
-    `final` is dense, like `observation`, or an array of N objects, of which those of the ended episodes are like one
-    observation.
+    `info["final_obs"]` is dense, like `observation`, or an array of N objects, of which those of the ended episodes
+    are like one observation.
     """
+    if "final_obs" not in info:
+        raise ValueError(
+            "a vector environment whose autoreset is SameStep must give the last observations of ended episodes in "
+            f"info['final_obs'], got only {sorted(info)}; give them, or use another autoreset."
+        )
+    final = info["final_obs"]
     copied = jax.tree.map(np.array, observation)
     if isinstance(final, np.ndarray) and final.dtype == object:
         for n in np.flatnonzero(ended):

@@ -177,6 +177,23 @@ class HostEnvironment:
             _narrow(encoded) if isinstance(encoded, np.ndarray) else jax.tree.map(_narrow, encoded)
         )
 
+    def begin(self, player: VectorPlayer, episode: np.ndarray) -> Any:
+        """Begins the episodes of these numbers, `[N]` int. Returns the first observations, encoded.
+
+        Raises:
+          ValueError: if they are not what the space says.
+        """
+        encoded, num_envs = self.encode(player.begin(episode)), len(episode)
+        expected = jax.tree.leaves(self.observation_example())
+        for found, one in zip(jax.tree.leaves(encoded), expected, strict=True):
+            shape = (num_envs, *one.shape)
+            if found.shape != shape or not np.can_cast(found.dtype, one.dtype, "same_kind"):
+                raise ValueError(
+                    f"environment {self.name!r} must show observations like its space, {one.dtype}{[*shape]}, got "
+                    f"{found.dtype}{[*found.shape]}; correct its space or its observations."
+                )
+        return encoded
+
     def decode(self, action: np.ndarray) -> Any:
         """Actions of a policy, `[N]` or `[N, D]`, as the environment's own.
 
@@ -185,12 +202,13 @@ class HostEnvironment:
         """
         if self.continuous:
             fitted = spaces.fit(self._actions, action, self.action_bounds, np)
-            return fitted.astype(self._actions.dtype)
+            is_integer = self._actions.dtype.kind in "iu"
+            return (np.rint(fitted) if is_integer else fitted).astype(self._actions.dtype)
         # As an unsigned number, a negative one is too large as well.
         if (action.astype(np.uint32) >= np.asarray(self.num_actions, np.uint32)).any():
             raise ValueError(
-                f"actions of environment {self.name!r} must lie in [0, {self.num_actions}), got "
-                f"{np.array2string(action)}; correct the policy's distribution."
+                f"actions of environment {self.name!r} must be at least 0 and less than {self.num_actions}, got "
+                f"{action.tolist()}; correct the policy's distribution."
             )
         return spaces.decode(self._actions, action.astype(np.int64))
 

@@ -55,7 +55,9 @@ class HostSegment:
         self._terminated[t], self._truncated[t] = terminated, truncated
         self._returns[t], self._lengths[t] = self.episode_return, self.episode_length
         if ended.any():
-            self._final[t] = stepped.final_observation
+            # A step that marks beginnings returns it as what to act upon next, and that is kept anyway.
+            if isinstance(self._valid, tuple):
+                self._final[t] = stepped.final_observation
             self.episode_return = np.where(ended, np.float32(0), self.episode_return)
             self.episode_length = np.where(ended, np.int32(0), self.episode_length)
         self._t = t + 1

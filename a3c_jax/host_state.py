@@ -4,6 +4,7 @@ import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ class Live:
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._since: float | None = None  # when the step began that is going on
+        self._is_stuck = False
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -49,21 +51,33 @@ class Live:
         finally:
             self._since = None
 
-    def call(self, function: Callable[[], T], step_seconds: float | None) -> T:
+    def call(self, function: Callable[[], T], name: str, step_seconds: float | None) -> T:
         """Calls a function in the thread of the environments.
 
+        Args:
+          function: what to call.
+          name: the environment's, for the error message.
+          step_seconds: how long a watched block may take; None sets no limit.
+
         Raises:
-          TimeoutError: if a watched block in it takes longer than `step_seconds`. The thread is given up.
+          TimeoutError: if a watched block takes longer. The thread is given up, and with it all calls to come. If
+            the block ever ends, the environments are closed.
         """
-        if self._thread is None:
-            name = f"{threading.current_thread().name}-environments"
+        if self._thread is None and not self._is_stuck:
+            whose = threading.current_thread().name
             self._thread = threading.Thread(
-                target=_work, args=(self._tasks,), name=name, daemon=True
+                target=_work, args=(self._tasks,), name=f"{whose}-environments", daemon=True
             )
             self._thread.start()
+            weakref.finalize(self, self._tasks.put, None)  # in case that nobody closes them
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._tasks.put((function, done))
         while True:
+            if self._is_stuck:
+                raise TimeoutError(
+                    f"environment {name!r} has not returned from a step for {step_seconds:g} s; if it may take so "
+                    "long, make it with a larger step_seconds."
+                )
             try:
                 result, error = done.get(timeout=self._patience(step_seconds))
             except queue.Empty:
@@ -72,7 +86,7 @@ class Live:
                 raise error
             return result
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         """Closes the environments and ends the thread. An error in closing them changes nothing any more."""
         player, self.player = self.player, None
         thread, self._thread = self._thread, None
@@ -81,7 +95,7 @@ class Live:
         if player is not None:
             self._tasks.put((player.close, queue.SimpleQueue()))
         self._tasks.put(None)
-        if thread is not threading.current_thread():
+        if wait and thread is not threading.current_thread():
             thread.join(timeout=_CLOSE_SECONDS)
 
     def _patience(self, step_seconds: float | None) -> float | None:
@@ -91,12 +105,8 @@ class Live:
             return step_seconds
         left = since + step_seconds - time.monotonic()
         if left <= 0 and self._since == since:
-            self.player = self._thread = None
-            self._tasks.put(None)
-            raise TimeoutError(
-                f"its environments have not returned from a step for {step_seconds:g} s; if they may take so long, "
-                "make the HostEnvironment with a larger step_seconds."
-            )
+            self._is_stuck = True
+            self.close(wait=False)
         return max(left, 0.001)
 
 
@@ -168,7 +178,7 @@ class ActionLog:
             self._parts = [np.concatenate(self._parts)[self._length - keep :]]
             self._length = keep
 
-    def snapshot(self) -> Callable[[], np.ndarray]:
-        """A function that gives the actions so far."""
-        parts, count = self._parts, len(self._parts)
-        return lambda: np.concatenate(parts[:count])
+    def snapshot(self, longest: int) -> Callable[[], np.ndarray]:
+        """A function that gives the actions of the last `longest` steps, or all if there are fewer."""
+        parts, count, first = self._parts, len(self._parts), max(0, self._length - longest)
+        return lambda: np.concatenate(parts[:count])[first:]

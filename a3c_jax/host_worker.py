@@ -10,6 +10,7 @@ Seen from outside it is a pure function, although the environments change in it:
 stand, and if the open ones stand elsewhere, they are put back there first.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -192,17 +193,14 @@ class CompiledHostStep:
         (gradients, report), state = self._learn(params, *self._rehearsal)
         return gradients, state, report
 
-    def release(self, state: Any) -> None:
-        """Closes the environments of a worker."""
-        state.environment.live.close()
-
     def __call__(self, params: Any, state: Any) -> tuple[Any, Any, SegmentReport]:
         live = state.environment.live
-        return live.call(lambda: self._play(live, params, state), self._environment.step_seconds)
+        environment = self._environment
+        play = functools.partial(self._play, live, params, state)
+        return live.call(play, environment.name, environment.step_seconds)
 
     def _play(self, live: Live, params: Any, state: Any) -> tuple[Any, Any, SegmentReport]:
         state = self._where_it_stands(live, state)
-        live.clock += 1
         segment = HostSegment(self._t_max, state, self._environment.marks_beginnings)
         ended, carry = np.zeros(len(state.episode_return), bool), state.carry
         for t in range(self._t_max):
@@ -233,7 +231,7 @@ class CompiledHostStep:
         dtype = self._environment.action_example(1).dtype
         live.log.append(segment.actions().astype(dtype), longest)
         where = HostState(
-            segment.entropy, live.player.episode, live.log.snapshot(), live, live.clock
+            segment.entropy, live.player.episode, live.log.snapshot(longest), live, live.clock
         )
         return learned._replace(
             environment=where,
@@ -245,7 +243,10 @@ class CompiledHostStep:
     def _where_it_stands(self, live: Live, state: Any) -> Any:
         """The state with arrays on the host, and its environments open where it says that they stand."""
         saved = state.environment
-        if live.player is not None and saved.clock == live.clock:
+        stands_there = live.player is not None and saved.clock == live.clock
+        # First of all, so that no state is taken for theirs if they fail on the way.
+        live.clock += 1
+        if stands_there:
             return state
         num_envs = len(state.episode_return)
         state = state._replace(
@@ -261,14 +262,14 @@ class CompiledHostStep:
             return state
         episode = state.environment.episode + 1
         with live.watched():
-            first = live.player.begin(episode)
+            first = self._environment.begin(live.player, episode)
         live.log = ActionLog(state.environment.actions[:0])
         anew = jax.tree.map(lambda x: jnp.zeros_like(x), state.discounted_return)
         return state._replace(
             environment=HostState(
                 state.environment.entropy, episode, state.environment.actions[:0]
             ),
-            observation=self._environment.encode(first),
+            observation=first,
             episode_return=np.zeros(num_envs, np.float32),
             episode_length=np.zeros(num_envs, np.int32),
             carry=self._fresh_carry,

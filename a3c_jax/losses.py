@@ -28,17 +28,11 @@ Metrics = dict[str, Array]
 
 
 def _as_floats(**arrays: Any) -> list[Array]:
-    """Converts arrays to JAX's as `jnp` functions do, and asserts that they go together.
-
-    Raises:
-      AssertionError: unless all arrays share one shape `[T, ...]` and one floating-point dtype.
-    """
+    """Arrays as JAX's; an AssertionError unless all have one shape `[T, ...]` and one floating-point dtype."""
     values = [jnp.asarray(x) for x in arrays.values()]
     names = " and ".join(arrays)
-    found = ", ".join(
-        f"{name}: {value.shape} {getattr(given, 'dtype', value.dtype)}"
-        for (name, given), value in zip(arrays.items(), values, strict=True)
-    )
+    pairs = zip(arrays.items(), values, strict=True)
+    found = ", ".join(f"{n}: {v.shape} {getattr(x, 'dtype', v.dtype)}" for (n, x), v in pairs)
     try:
         chex.assert_equal_shape(values)
     except AssertionError as error:
@@ -238,9 +232,8 @@ def explained_variance(v_tm1: Array, return_tm1: Array) -> Array:
     v_tm1, return_tm1 = _as_floats(v_tm1=v_tm1, return_tm1=return_tm1)
     variance = jnp.var(return_tm1)  # of equal numbers it may be a tiny positive one
     varies = (jnp.max(return_tm1) > jnp.min(return_tm1)) & (variance > 0.0)
-    return jnp.where(
-        varies, 1.0 - jnp.var(return_tm1 - v_tm1) / jnp.where(varies, variance, 1.0), 0.0
-    )
+    unexplained = jnp.var(return_tm1 - v_tm1) / jnp.where(varies, variance, 1.0)
+    return jnp.where(varies, 1.0 - unexplained, 0.0)
 
 
 def a3c_loss(
@@ -292,13 +285,13 @@ def a3c_loss(
     discount_t = _where_valid(valid_tm1, discount_t, 0.0)
     return_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
     advantage_tm1 = return_tm1 - v_tm1
-
     log_prob_tm1 = distribution_tm1.log_prob(trajectory.action_tm1)
     actor = _over_valid(valid_tm1, actor_loss(log_prob_tm1, advantage_tm1))
     critic = _over_valid(valid_tm1, critic_loss(v_tm1, return_tm1))
     entropy_tm1 = _where_valid(valid_tm1, distribution_tm1.entropy(), 0.0)
     entropy = _over_valid(valid_tm1, entropy_loss(entropy_tm1))
     loss = actor + critic_cost * critic + entropy_cost * entropy
+    v_tm1, return_tm1 = _even_out(valid_tm1, v_tm1, return_tm1)
     return loss, {
         "loss": loss,
         "actor_loss": actor,
@@ -318,3 +311,10 @@ def _where_valid(valid: Any, x: Array, otherwise: Any) -> Array:
 def _over_valid(valid: Any, mean: Array) -> Array:
     """The mean over valid steps, from one over all steps to which the others add zero."""
     return mean if isinstance(valid, tuple) else mean / jnp.maximum(jnp.mean(valid), 1e-8)
+
+
+def _even_out(valid: Any, *arrays: Array) -> tuple[Array, ...]:
+    """Arrays whose invalid steps have the mean of the valid ones, so that they change no ratio of variances."""
+    if isinstance(valid, tuple):
+        return arrays
+    return tuple(jnp.where(valid, x, _over_valid(valid, jnp.mean(x * valid))) for x in arrays)

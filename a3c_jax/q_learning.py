@@ -208,9 +208,12 @@ def value_method(
         discount_t = config.discount * (1.0 - trajectory.terminated_t)
         trajectory, discount_t, share = _leave_out_invalid(trajectory, discount_t, values.q_tm1)
         value_loss = loss(values, trajectory, discount_t) / share
+        best = jnp.max(values.q_tm1, axis=-1)
+        if not isinstance(trajectory.valid_tm1, tuple):
+            best = jnp.where(trajectory.valid_tm1, best, 0.0)
         return value_loss, {
             "loss": value_loss,
-            "mean_value": jnp.mean(jnp.max(values.q_tm1, axis=-1)),
+            "mean_value": jnp.mean(best) / share,
             "epsilon": jnp.mean(epsilon(params, own)),
         }
 

@@ -28,7 +28,7 @@ def observation_shape(name: str, space: Any) -> Any:
         return (int(space.n),)
     if _is_array(space):
         return tuple(int(size) for size in space.shape)
-    parts = getattr(space, "spaces", None)
+    parts = _parts(space)
     if isinstance(parts, Mapping):
         return {key: observation_shape(name, part) for key, part in parts.items()}
     if isinstance(parts, tuple | list):
@@ -63,7 +63,7 @@ def num_actions(name: str, space: Any) -> int | tuple[int, ...]:
         return int(space.n)
     if hasattr(space, "low"):
         return math.prod(space.shape)
-    parts = getattr(space, "spaces", ())
+    parts = _parts(space) or ()
     parts = list(parts.values() if isinstance(parts, Mapping) else parts)
     if all(_is_category(part) for part in parts):
         sizes = getattr(space, "nvec", [part.n for part in parts])
@@ -77,7 +77,7 @@ def num_actions(name: str, space: Any) -> int | tuple[int, ...]:
 
 def decode(space: Any, action: Any) -> Any:
     """Discrete actions `[N]` or `[N, D]` as the environment's own."""
-    parts = getattr(space, "spaces", None)
+    parts = _parts(space)
     if isinstance(parts, Mapping):
         return {key: decode(part, action[:, d]) for d, (key, part) in enumerate(parts.items())}
     if parts is not None:
@@ -103,12 +103,12 @@ def fit(space: Any, action: Any, action_bounds: str, xp: Any = jnp) -> Any:
     action = action.reshape(action.shape[0], *shape)
     bounded = xp.isfinite(low) & xp.isfinite(high)
     with np.errstate(invalid="ignore"):  # where it is not bounded
-        middle, half = (
-            xp.where(bounded, (high + low) / 2, 0),
-            xp.where(bounded, (high - low) / 2, 1),
-        )
+        # Halved first, because integers and large floats would overflow.
+        middle = xp.where(bounded, high / 2 + low / 2, 0)
+        half = xp.where(bounded, high / 2 - low / 2, 1)
     fitted = xp.tanh(action) if action_bounds == "tanh" else xp.clip(action, -1.0, 1.0)
-    return xp.where(bounded, middle + half * fitted, action)
+    # Rounding may lead beyond a bound.
+    return xp.where(bounded, xp.clip(middle + half * fitted, low, high), action)
 
 
 def random_action(environment: Any, key: Array, num_envs: int) -> Array:
@@ -128,6 +128,11 @@ def random_action(environment: Any, key: Array, num_envs: int) -> Array:
         return jax.random.randint(key, shape, 0, jnp.asarray(number))
     uniform = jax.random.uniform(key, (num_envs, number), minval=-1.0, maxval=1.0)
     return jnp.arctanh(0.999999 * uniform) if environment.action_bounds == "tanh" else uniform
+
+
+def _parts(space: Any) -> Any:
+    """The spaces in a Dict or a Tuple; None for any other space. OneOf has some, too, but shows only one of them."""
+    return None if type(space).__name__ == "OneOf" else getattr(space, "spaces", None)
 
 
 def _is_category(space: Any) -> bool:

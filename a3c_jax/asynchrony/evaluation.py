@@ -154,7 +154,7 @@ def _run_episodes_on_host(
         num_envs = group.stop - first
         key, seed_key, action_key = jax.random.split(key, 3)
         with environment.playing(num_envs, jax.random.key_data(seed_key)) as player:
-            observation = environment.encode(player.begin(np.zeros(num_envs, np.int32)))
+            observation = environment.begin(player, np.zeros(num_envs, np.int32))
             carry, running, step = policy.initialize_carry(num_envs), np.ones(num_envs, bool), 0
             while running.any():
                 step_key = jax.random.fold_in(action_key, step)

@@ -13,7 +13,7 @@ from a3c_jax import _compiled
 from a3c_jax.asynchrony.objects import name_objects
 from a3c_jax.blueprint import Blueprint, check_parts, describe
 from a3c_jax.config import A3CConfig, changes_needing_compilation, is_same_optimizer
-from a3c_jax.environments import Environment
+from a3c_jax.environments import Environment, HostEnvironment
 from a3c_jax.host_worker import HostWorkerStep
 from a3c_jax.optimizers import Updater
 
@@ -104,10 +104,9 @@ class Program:
 
     def release(self, states: list[Any]) -> None:
         """Closes what workers' states hold besides arrays: the environments of each, if they are on the host."""
-        release = getattr(self.step, "release", None)
-        if release is not None:
+        if isinstance(self.environment, HostEnvironment):
             for state in states:
-                release(state)
+                state.environment.live.close()
 
     def evaluation_key(self) -> jax.Array:
         """A random key for evaluation, which no worker uses."""

@@ -1,0 +1,333 @@
+"""Vector environments in all three ways to begin the next episode, against single environments played by hand."""
+
+import jax
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorWrapper
+from gymnasium.wrappers import vector as wrappers
+from gymnasium.wrappers.utils import RunningMeanStd
+from host_games import FORMS, KINDS, MODES, Stairs, Vector, make_vector
+
+from a3c_jax.autoreset import VectorPlayer, autoreset_mode
+
+N, STEPS = 3, 40
+
+
+def play(player, actions, before=lambda: None):
+    """What is acted upon at each step, and what follows, as it was at that moment."""
+    observation = jax.tree.map(np.array, player.begin(np.zeros(player.episode.shape, np.int32)))
+    for action in actions:
+        acted_upon = observation
+        before()
+        stepped = jax.tree.map(np.array, player.step(action))
+        observation = stepped.observation
+        yield acted_upon, stepped
+
+
+def actions_of(seed, steps=STEPS, num_envs=N):
+    return np.random.default_rng(seed).integers(0, 3, (steps, num_envs))
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def part(tree, n):
+    return jax.tree.map(lambda x: x[n], tree)
+
+
+def recorded(kind, mode, form="array", entropy=(1, 2), num_envs=N):
+    """A player, and the seeds that each of its environments gets."""
+    seeds = [[] for _ in range(num_envs)]
+    numbers = iter(seeds)
+    vector = make_vector(kind, mode, lambda: Stairs(form, next(numbers)), num_envs)
+    return VectorPlayer(vector, entropy), seeds
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_is_that_of_a_single_environment(kind, mode, form):
+    player, seeds = recorded(kind, mode, form)
+    actions, alone = actions_of(0), [Stairs(form) for _ in range(N)]
+    episode, begins, invalid = np.zeros(N, int), np.ones(N, bool), 0
+    for k, (acted_upon, stepped) in enumerate(play(player, actions)):
+        valid = np.ones(N, bool) if stepped.valid is None else stepped.valid
+        for n, env in enumerate(alone):
+            if begins[n]:
+                first, _ = env.reset(seed=seeds[n][episode[n]])
+                if valid[n]:
+                    assert_same(part(acted_upon, n), first)
+                else:  # the step only begins the episode: its action and its reward count for nothing
+                    assert_same(part(stepped.observation, n), first)
+                    assert stepped.reward[n] == 0.0
+                    assert not stepped.terminated[n] and not stepped.truncated[n]
+                    begins[n], invalid = False, invalid + 1
+                    continue
+            final, reward, terminated, truncated, _ = env.step(actions[k, n])
+            assert_same(part(stepped.final_observation, n), final)
+            assert stepped.reward[n] == np.float32(reward)
+            assert (stepped.terminated[n], stepped.truncated[n]) == (terminated, truncated)
+            begins[n] = terminated or truncated
+            episode[n] += begins[n]
+            if not begins[n]:
+                assert_same(part(stepped.observation, n), final)
+        waits = begins if player.marks_beginnings else 0
+        np.testing.assert_array_equal(player.episode, episode - waits)
+    assert (episode > 3).all()
+    # Gymnasium's own vectors are reset at once, each environment with a seed of its own.
+    marks = mode == "NextStep" and kind not in ("sync", "shared")
+    assert player.marks_beginnings == marks == (invalid > 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("sync", "Disabled"), ("sync", "NextStep"), ("wrapped", "Disabled")]
+)
+def test_each_episode_has_a_seed_of_its_own_which_only_the_entropy_determines(kind, mode):
+    def seeds_of(entropy):
+        player, seeds = recorded(kind, mode, entropy=entropy)
+        list(play(player, actions_of(2)))
+        assert [len(mine) for mine in seeds] == (player.episode + 1).tolist()
+        return sum(seeds, [])
+
+    seeds = seeds_of((1, 2))
+    assert None not in seeds and len(seeds) > 3 * N
+    assert seeds == seeds_of((1, 2))
+    others = [seeds_of(entropy) for entropy in [(1, 3), (2, 1), (0, 0)]]
+    everything = seeds + sum(others, [])
+    assert len(set(everything)) == len(everything)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("wrapped", "SameStep"), ("dense", "Disabled"), ("objects", "NextStep")]
+)
+def test_a_vector_that_seeds_itself_gets_one_seed_and_goes_on_with_its_own_generator(kind, mode):
+    player, seeds = recorded(kind, mode)
+    list(play(player, actions_of(2)))
+    assert all(len(mine) > 3 and mine[0] is not None and set(mine[1:]) == {None} for mine in seeds)
+    assert not player.can_put_back or kind == "wrapped"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("sync", "Disabled"), ("shared", "NextStep"), ("wrapped", "Disabled")]
+)
+def test_running_episodes_are_put_back_where_they_were(kind, mode, form):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        steps, num_envs = int(rng.integers(0, 12)), int(rng.integers(1, 5))
+        actions = actions_of(seed, steps + 8, num_envs)
+        player, _ = recorded(kind, mode, form, (seed,), num_envs)
+        observation, length = player.begin(np.full(num_envs, 5, np.int32)), np.zeros(num_envs, int)
+        for action in actions[:steps]:
+            stepped = player.step(action)
+            observation = jax.tree.map(np.array, stepped.observation)
+            length = np.where(stepped.terminated | stepped.truncated, 0, length + 1)
+        other, _ = recorded(kind, mode, form, (seed,), num_envs)
+        assert player.can_put_back and other.can_put_back
+        if rng.random() < 0.5:  # it may have played before
+            list(play(other, actions_of(99, 7, num_envs)))
+        # What is remembered may begin before the longest episode does.
+        longest = length.max() if num_envs else 0
+        episode = player.episode.copy()
+        assert_same(other.put_back(episode, actions[steps - longest : steps], length), observation)
+        assert_same(other.episode, episode)
+        for action in actions[steps:]:
+            assert_same(jax.tree.map(np.array, other.step(action)), player.step(action))
+
+
+def test_the_numbers_of_episodes_that_were_read_stay_what_they_were():
+    for kind in KINDS:
+        for mode in MODES:
+            player, _ = recorded(kind, mode)
+            player.begin(np.zeros(N, np.int32))
+            read = [player.episode]
+            for action in actions_of(3):
+                player.step(action)
+                read.append(player.episode)
+            assert all(np.all(a <= b) for a, b in zip(read, read[1:], strict=False))
+            np.testing.assert_array_equal(read[0], 0, err_msg=f"{kind} {mode}")
+
+
+def test_vectors_of_one_class_in_different_modes_do_not_disturb_each_other():
+    # Gymnasium writes the mode into a dict that all environments of a class share.
+    vectors = {mode: SyncVectorEnv([Stairs] * 2, autoreset_mode=mode) for mode in MODES}
+    assert {mode: autoreset_mode(vector) for mode, vector in vectors.items()} == {
+        m: m for m in MODES
+    }
+
+
+def test_a_vector_that_does_not_say_how_it_begins_anew_is_refused():
+    for metadata in ({}, None, {"autoreset_mode": "Sometimes"}):
+        vector = Vector(Stairs, 2)
+        vector.metadata = metadata
+        with pytest.raises(
+            ValueError, match=r"metadata\['autoreset_mode'\] .* from Vector; set it to"
+        ):
+            VectorPlayer(vector)
+    vector.metadata = {"autoreset_mode": "NextStep"}  # what it is called is enough
+    assert VectorPlayer(vector).marks_beginnings
+
+
+class Lives(Vector):
+    """Loses a life where the action is 2, of three; and the game with the last one."""
+
+    def reset(self, *, seed=None, options=None):
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        self.lives = np.where(mask, 3, getattr(self, "lives", 0))
+        return super().reset(seed=seed, options=options)
+
+    def step(self, actions):
+        *rest, info = super().step(actions)
+        self.lives = self.lives - (actions == 2)
+        return *rest, {**info, "lives": self.lives}
+
+
+class AtariVectorEnv(Lives):
+    """Known by its name to take a seed for each environment that is reset."""
+
+    def reset(self, *, seed=None, options=None):
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        assert seed.shape == (mask.sum(),)
+        for n, s in zip(np.flatnonzero(mask), seed, strict=True):
+            self.now[n], _ = self.envs[n].reset(seed=int(s))
+            self.ended[n] = False
+        self.lives = np.where(mask, 3, getattr(self, "lives", 0))
+        return self._together(self.now, self.observation), {}
+
+
+class Long(Stairs):
+    def reset(self, **options):
+        observation = super().reset(**options)
+        self.length += 100
+        return observation
+
+
+def test_a_life_is_lost_where_there_are_fewer_and_the_episode_goes_on():
+    player = VectorPlayer(Lives(Long, 2), life_loss=True)
+    player.begin(np.zeros(2, np.int32))
+    lost = [player.step(np.array(a)).life_lost.tolist() for a in [(0, 0), (0, 2), (2, 2), (1, 0)]]
+    assert lost == [[False, False], [False, True], [True, True], [False, False]]
+
+
+def test_an_episode_s_end_is_not_a_lost_life_and_a_new_game_has_not_lost_one():
+    player = VectorPlayer(Lives(Stairs, N), life_loss=True)
+    player.begin(np.zeros(N, np.int32))
+    first, lost = np.ones(N, bool), 0
+    for action in actions_of(4):
+        stepped = player.step(action)
+        ended = stepped.terminated | stepped.truncated
+        # How many lives a game begins with is known after its first step.
+        np.testing.assert_array_equal(stepped.life_lost, (action == 2) & ~ended & ~first)
+        first, lost = ended, lost + stepped.life_lost.sum()
+    assert lost > 10
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_game_may_begin_with_fewer_lives_than_the_last_one_had(mode):
+    class Gains(Lives):
+        """Gains a life with every step, and has one of them at a game's start."""
+
+        def step(self, actions):
+            *rest, info = Vector.step(self, actions)
+            began = rest[0][:, 1] == 0
+            self.lives = np.where(began, 1, self.lives + 1)
+            return *rest, {**info, "lives": self.lives}
+
+    player = VectorPlayer(Gains(Stairs, N, mode), life_loss=True)
+    assert not any(stepped.life_lost.any() for _, stepped in play(player, actions_of(5)))
+    assert (player.episode > 3).all()
+
+
+def test_what_was_played_on_the_way_to_a_running_episode_costs_no_life_in_it():
+    class Gains(AtariVectorEnv):
+        """Gains a life where the action is 1."""
+
+        def step(self, actions):
+            *rest, info = super().step(actions)
+            self.lives = self.lives + (actions == 1)
+            return *rest, {**info, "lives": self.lives}
+
+    player = VectorPlayer(Gains(Long, 2, "NextStep"), (1,), life_loss=True)
+    # The second environment's game begins now; until then it gains lives in another.
+    player.put_back(np.zeros(2, np.int32), np.ones((4, 2), np.int64), np.array([4, 0]))
+    assert player.step(np.array([0, 0])).life_lost.tolist() == [False, False]
+    assert player.step(np.array([2, 2])).life_lost.tolist() == [True, True]
+
+
+def test_life_loss_without_lives_is_refused():
+    player = VectorPlayer(Vector(Stairs, 2), life_loss=True)
+    player.begin(np.zeros(2, np.int32))
+    with pytest.raises(
+        ValueError, match=r"needs an environment that says info\['lives'\].*got only \[\]"
+    ):
+        player.step(np.zeros(2, np.int64))
+
+
+def test_a_wrapper_that_resets_says_so_itself():
+    class Resets(VectorWrapper):
+        metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    assert autoreset_mode(Resets(SyncVectorEnv([Stairs], autoreset_mode="Disabled"))) == "SameStep"
+    vector = Vector(Stairs, 1, "SameStep")
+    vector.autoreset_mode = True  # of another meaning
+    assert autoreset_mode(vector) == "SameStep"
+
+
+def test_a_vector_that_withholds_the_last_observation_is_refused():
+    class Withholds(Vector):
+        def step(self, actions):
+            *rest, _ = super().step(actions)
+            return *rest, {"final_observation": None}  # its name in older versions
+
+    player = VectorPlayer(Withholds(Stairs, N, "SameStep"))
+    with pytest.raises(
+        ValueError, match=r"in info\['final_obs'\], got only \['final_observation'\]; give"
+    ):
+        list(play(player, actions_of(6)))
+
+
+# Gymnasium's wrappers of vectors. Those of observations refuse SameStep themselves.
+
+
+def played(vector):
+    player = VectorPlayer(vector, (1, 2))
+    return player, list(play(player, actions_of(7)))
+
+
+def sync(mode):
+    return SyncVectorEnv([Stairs] * N, autoreset_mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics_of_episodes_change_nothing(mode):
+    player, steps = played(wrappers.RecordEpisodeStatistics(sync(mode)))
+    _, expected = played(VectorWrapper(sync(mode)))
+    assert_same(steps, expected)
+    assert player.can_put_back == (mode == "Disabled")
+
+
+@pytest.mark.parametrize("mode", ["Disabled", "NextStep"])
+def test_observations_are_transformed_wherever_they_are_seen(mode):
+    transformed = wrappers.TransformObservation(sync(mode), lambda x: 2 * x)
+    _, steps = played(transformed)
+    _, expected = played(VectorWrapper(sync(mode)))
+    for (acted_upon, stepped), (plain, plainly) in zip(steps, expected, strict=True):
+        assert_same(acted_upon, 2 * plain)
+        assert_same(stepped.observation, 2 * plainly.observation)
+        assert_same(stepped.final_observation, 2 * plainly.final_observation)
+        assert_same(stepped.valid, plainly.valid)
+
+
+def test_observations_are_normalised_by_what_all_environments_have_shown_so_far():
+    player, steps = played(wrappers.NormalizeObservation(sync("NextStep")))
+    _, expected = played(VectorWrapper(sync("NextStep")))
+    assert player.marks_beginnings and not player.can_put_back
+    moments = RunningMeanStd(shape=(3,), dtype=np.float32)
+    for (acted_upon, stepped), (plain, plainly) in zip(steps, expected, strict=True):
+        moments.update(plain)
+        # Each is normalised once, by the moments of its time, and is the same where it is acted upon.
+        normalised = (plain - moments.mean) / np.sqrt(moments.var + 1e-8)
+        np.testing.assert_allclose(acted_upon, normalised, rtol=1e-5, atol=1e-6)
+        assert_same(stepped.valid, plainly.valid)
+        assert_same(stepped.final_observation, stepped.observation)
