@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from a3c_jax import (
     train,
 )
 from a3c_jax.asynchrony.step_process import Form, StepProcess, recipe_of
+from experiments.measurements import ray_cost
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.xdist_group("ray")
@@ -35,10 +37,13 @@ SYNC_CARTPOLE = "gymnasium:CartPole-v1?vectorization_mode='sync'"
 """Its running episodes can be played again from their seeds."""
 
 
+STORE_BYTES = 100 * 2**20
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """One cluster for all tests, with room for three processes."""
-    ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=100 * 2**20)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=STORE_BYTES)
     yield
     ray.shutdown()
 
@@ -168,6 +173,39 @@ def test_ctrl_c_is_ours_again_after_a_run(cluster):
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_messages_do_not_pile_up_in_the_object_store(cluster, monkeypatch):
+    sizes = []
+    copied = Form.bare
+    monkeypatch.setattr(Form, "bare", lambda form, tree: sizes.append(nbytes(copied(form, tree))) or copied(form, tree))  # fmt: skip
+    train(program(config_of(hidden_sizes=(300, 300), max_steps=8 * 400)), ray="auto")
+    assert sum(sizes) > STORE_BYTES  # so that Ray would have had to write some of them to files
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    assert not list(session.glob("ray_spilled_objects*/*"))
+
+
+def nbytes(bare):
+    return sum(x.nbytes for x in ([bare] if isinstance(bare, np.ndarray) else bare))
+
+
+def test_the_command_line_plays_on_ray(cluster, tmp_path, capsys):
+    from experiments import cartpole, command_line
+
+    small = ["--num-workers", "2", "--max-steps", "2000", "--hidden-sizes", "8"]
+    options = ["--ray", "auto", "--no-progress", "--evaluation-episodes", "2"]
+    folder = command_line.main(
+        "cartpole", "", cartpole.PRESETS, arguments=[*small, *options, "--run-dir", str(tmp_path / "run")]
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["exchange_milliseconds"] > 0
+
+
+def test_the_measurement_of_ray_prints_its_tables(cluster, capsys, monkeypatch):
+    monkeypatch.setitem(ray_cost.TASKS, "tiny", config_of())
+    ray_cost.main(["--seconds", "0.3", "--repetitions", "1", "--sizes", "2 k", "--tasks", "tiny"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line] == ["parameters", "1,903", "task", "tiny"]
 
 
 # Without Ray: what runs in its processes
