@@ -16,7 +16,7 @@ import a3c_jax
 from a3c_jax.config import A3CConfig
 from experiments.command_line import exit_on_bad_input, parse
 
-SIZES = {"2 k": (190,), "130 k": (356, 356), "700 k": (835, 835), "4 M": (1999, 1999)}
+SIZES = {"2 k": (154,), "130 k": (251, 251), "700 k": (588, 588), "4 M": (1410, 1410)}
 """Hidden layers by the number of parameters that they give, about."""
 
 TASKS = {
