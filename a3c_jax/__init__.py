@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         Snapshot,
     )
     from a3c_jax.asynchrony.program import Program, build
+    from a3c_jax.asynchrony.ray_cluster import RayOptions
     from a3c_jax.asynchrony.records import EpisodeLog, Schedule
     from a3c_jax.asynchrony.replaying import replay
     from a3c_jax.asynchrony.reporting import SinkError
@@ -104,6 +105,7 @@ _NAMES = {
     "asynchrony.metrics": ["ProgressBar", "Sink"],
     "asynchrony.parameters": ["NonFiniteError", "SharedParameters", "Snapshot"],
     "asynchrony.program": ["Program", "build"],
+    "asynchrony.ray_cluster": ["RayOptions"],
     "asynchrony.replaying": ["replay"],
     "asynchrony.records": ["EpisodeLog", "Schedule"],
     "asynchrony.reporting": ["SinkError"],

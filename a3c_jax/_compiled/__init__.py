@@ -78,6 +78,7 @@ from a3c_jax._compiled.function import (
     PlainFunction,
     VectorFunction,
     compile_for_few_calls,
+    packed_type,
     unpack,
 )
 from a3c_jax._compiled.packing import Packed
@@ -93,6 +94,7 @@ __all__ = [
     "enabled",
     "import_gymnax",
     "in_chunks",
+    "packed_type",
     "prepare_process",
     "unpack",
 ]
