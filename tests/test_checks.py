@@ -408,6 +408,7 @@ class NeverEnds(Line):
         return self.first, state, 1.0, False, False, {"final_observation": self.first}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment",
     [

@@ -64,6 +64,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("image", "kernel", "stride"), CASES.values(), ids=CASES)
 def test_it_is_numpys_sum_and_its_gradients_are_xlas(image, kernel, stride):
     x, kernel = normal(*image), normal(*kernel, seed=1)
@@ -154,6 +155,7 @@ def network(kernels, x):
     return x.reshape(len(x), -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [32, 40, 37])
 def test_chunks_change_neither_the_results_nor_the_gradients(batch):
     x, kernels = normal(batch, 12, 12, 2), (normal(4, 4, 2, 5), normal(2, 2, 5, 3))

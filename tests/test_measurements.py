@@ -117,6 +117,7 @@ def small_program():
     return a3c_jax.build(SMALL).replace(num_workers=2)
 
 
+@pytest.mark.slow
 def test_a_measurement_is_as_long_as_asked_and_counts_what_was_done(small_program):
     measure = timing.asynchronous(small_program)
     short, long = measure(0.1), measure(1.0)
@@ -127,6 +128,7 @@ def test_a_measurement_is_as_long_as_asked_and_counts_what_was_done(small_progra
     assert long.steps_per_second == long.environment_steps / long.seconds
 
 
+@pytest.mark.slow
 def test_the_synchronous_measurement_counts_what_was_done():
     measured = timing.synchronous_loop(dataclasses.replace(SMALL, num_workers=2))(0.05)
     assert measured.seconds >= 0.05 and measured.staleness == 0
@@ -154,6 +156,7 @@ def test_every_round_measures_everything_once_forwards_and_backwards():
     assert timing.ratio(measured["a"], measured["b"]) == pytest.approx((0.5 + 4 / 3) / 2)
 
 
+@pytest.mark.slow
 def test_programs_that_differ_in_the_number_of_workers_share_one_compilation():
     one, two = (timing.program(w, 2, 3, hidden_sizes=(4,)) for w in (1, 2))
     assert one.step is two.step
@@ -250,6 +253,7 @@ def test_the_scaling_leaves_everything_in_its_run_folder(tmp_path, capsys):
         assert word in output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(soak.os, "sysconf"), reason="it reads /proc")
 def test_a_soak_that_its_budget_ends_keeps_its_whole_configuration(capsys):
     options = ["--environment", "Pendulum-v1", "--action-bounds", "tanh", "--max-steps", "4000"]
@@ -331,6 +335,7 @@ def test_a_run_folder_that_exists_is_never_written_to(tmp_path, capsys, program)
 # The networks as users write them.
 
 
+@pytest.mark.slow
 def test_a_network_is_measured_in_all_its_forms(capsys):
     tiny = ["--environments", "2", "--t-max", "2", "--rounds", "1", "--seconds", "0.001"]
     networks.main(["--networks", "16", "lstm of 32", *tiny])
