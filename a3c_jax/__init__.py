@@ -15,7 +15,7 @@ A worker is a pure function; asynchrony is a thin shell around it. The package h
 | `normalization`       | running mean and variance of observations and rewards                         |
 | `protocol`            | what an environment is to the rest of the package                             |
 | `cells`               | recurrent cells: LSTM and GRU                                                 |
-| `torsos`              | the first layers of a network: dense or convolutional                         |
+| `torsos`              | the first layers of a network: dense, or convolutional for MinAtar and Atari  |
 | `networks`            | `ActorCritic`: torso, recurrent core, heads                                   |
 | `action_values`       | a network that gives the value of every action; epsilon-greedy                |
 | `spaces`              | spaces of observations and actions in this package's terms                    |
@@ -35,6 +35,7 @@ A worker is a pure function; asynchrony is a thin shell around it. The package h
 | `host_worker`         | the worker's step in environments on the host                                 |
 | `optimizers`          | optimizers by name, and one update as a pure function                         |
 | `reset_check`         | whether an environment begins anew when an episode has ended                  |
+| `network_checks`      | networks that do not fit their environment, refused                           |
 | `checks`              | set-ups that would train without learning, refused                            |
 | `own_checks`          | algorithms, losses, optimizers of your own that cannot work, refused          |
 | `blueprint`           | what a configuration describes, as pure functions                             |
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
         Snapshot,
     )
     from a3c_jax.asynchrony.program import Program, build
+    from a3c_jax.asynchrony.ray_cluster import RayOptions
     from a3c_jax.asynchrony.records import EpisodeLog, Schedule
     from a3c_jax.asynchrony.replaying import replay
     from a3c_jax.asynchrony.reporting import SinkError
@@ -103,6 +105,7 @@ _NAMES = {
     "asynchrony.metrics": ["ProgressBar", "Sink"],
     "asynchrony.parameters": ["NonFiniteError", "SharedParameters", "Snapshot"],
     "asynchrony.program": ["Program", "build"],
+    "asynchrony.ray_cluster": ["RayOptions"],
     "asynchrony.replaying": ["replay"],
     "asynchrony.records": ["EpisodeLog", "Schedule"],
     "asynchrony.reporting": ["SinkError"],
@@ -115,10 +118,11 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = [
-    "action_values", "algorithm", "algorithms", "asynchrony", "blueprint", "cells", "checks", "config", "distributions",
-    "autoreset", "environments", "gymnasium_environments", "gymnax_environment", "host_environment", "host_segment",
-    "host_state", "host_worker", "losses", "names", "networks", "normalization", "optimizers",
-    "over_leaves", "own_checks", "protocol", "q_learning", "reset_check", "rollout", "rules", "spaces", "torsos", "value_losses", "worker",
+    "action_values", "algorithm", "algorithms", "asynchrony", "autoreset", "blueprint", "cells", "checks",
+    "config", "distributions", "environments", "gymnasium_environments", "gymnax_environment", "host_environment",
+    "host_segment", "host_state", "host_worker", "losses", "names", "network_checks", "networks", "normalization",
+    "optimizers", "over_leaves", "own_checks", "protocol", "q_learning", "reset_check", "rollout", "rules",
+    "spaces", "torsos", "value_losses", "worker",
 ]  # fmt: skip
 
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605

@@ -16,6 +16,7 @@ from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import ActorCritic, network_functions, trajectory_apply
 from a3c_jax.protocol import Environment
 from a3c_jax.rollout import Trajectory
+from a3c_jax.torsos import choose_torso
 
 Array = jax.Array
 Metrics: TypeAlias = dict[str, Array]
@@ -133,10 +134,7 @@ def describe_network(
       **options: attributes that the configuration does not determine.
     """
     shape = environment.observation_shape
-    torso = config.torso
-    if torso == "auto":
-        is_image = normalization.is_shape(shape) and len(shape) == 3 and shape[:2] == (10, 10)
-        torso = "conv" if is_image else "mlp"
+    torso = choose_torso(shape) if config.torso == "auto" else config.torso
     ndims = [len(shape) for shape in jax.tree.leaves(shape, is_leaf=normalization.is_shape)]
     described = {
         "num_actions": environment.num_actions,

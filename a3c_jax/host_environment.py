@@ -88,6 +88,19 @@ class HostEnvironment:
     def __repr__(self) -> str:
         return f"HostEnvironment({self.name!r})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: a description is sent to another process, an open environment cannot be."""
+        if self._object is not None:
+            raise TypeError(
+                f"environment {self.name!r} was given as one object, which cannot leave its process; give a function "
+                "that makes one."
+            )
+        return {name: value for name, value in vars(self).items() if name != "_lent"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For pickle."""
+        vars(self).update(state, _lent=threading.Lock())
+
     def reset(self, key: Array, num_envs: int) -> tuple[Any, "HostState"]:
         """The state before the first step: no environment is made yet, and the observations are zeros.
 

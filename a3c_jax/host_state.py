@@ -64,8 +64,9 @@ class Live:
             the block ever ends, the environments are closed.
         """
         if self._thread is None and not self._is_stuck:
+            whose = threading.current_thread().name
             self._thread = threading.Thread(
-                target=_work, args=(self._tasks,), name="a3c-environments", daemon=True
+                target=_work, args=(self._tasks,), name=f"{whose}-environments", daemon=True
             )
             self._thread.start()
             weakref.finalize(self, self._tasks.put, None)  # in case that nobody closes them

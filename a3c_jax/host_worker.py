@@ -4,7 +4,7 @@ The segment is a loop in Python: a compiled function chooses the actions, the en
 `t_max` steps another compiled function takes the gradient of the loss. Both are the functions that the pure path is
 made of, and random keys are used in the same way. An environment that exists in both forms gives the same segments.
 
-(parameters, worker state)  ->  (gradients, worker state, statistics)
+(parameters, worker state)  ->  (gradients, worker state, report)
 
 Seen from outside it is a pure function, although the environments change in it: a state says where its environments
 stand, and if the open ones stand elsewhere, they are put back there first.
@@ -25,8 +25,8 @@ from a3c_jax.cells import where_tree
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.host_segment import HostSegment
 from a3c_jax.host_state import ActionLog, HostState, Live
-from a3c_jax.over_leaves import OverLeaves, keep_gradients_and_statistics, keep_nothing
-from a3c_jax.worker import Statistics, WorkerState, make_learn
+from a3c_jax.over_leaves import OverLeaves, keep_gradients_and_report, keep_nothing
+from a3c_jax.worker import SegmentReport, WorkerState, make_learn
 
 Array = jax.Array
 
@@ -85,7 +85,7 @@ class HostWorkerStep:
         ended: Array,
         trajectory: rollout.Trajectory,
         episodes: rollout.Episodes,
-    ) -> tuple[Any, WorkerState, Statistics]:
+    ) -> tuple[Any, WorkerState, SegmentReport]:
         """From a segment to its gradients, and to what of the state is computed in compiled code.
 
         Args:
@@ -100,7 +100,7 @@ class HostWorkerStep:
         state = state._replace(key=key, carry=where_tree(ended, fresh, state.carry))
         return self._learn(params, state, trajectory, episodes)
 
-    def rehearse(self, params: Any, state: WorkerState) -> tuple[Any, WorkerState, Statistics]:
+    def rehearse(self, params: Any, state: WorkerState) -> tuple[Any, WorkerState, SegmentReport]:
         """A step in which all observations are zeros. It needs no environment, and may be traced.
 
         The state that it returns has no environments and no observations.
@@ -180,7 +180,7 @@ class CompiledHostStep:
         now = _learning_part(state._replace(carry=carry))
         self._rehearsal = (now, ended, trajectory, episodes)
         self._learn = OverLeaves(
-            compile, keep_gradients_and_statistics(step.learn), params, self._rehearsal, **options
+            compile, keep_gradients_and_report(step.learn), params, self._rehearsal, **options
         )
         self.in_single_kernel = self._learn.in_single_kernel
 
@@ -188,18 +188,18 @@ class CompiledHostStep:
         """How many threads should call it at the same time: as many as there are."""
         return None
 
-    def rehearse(self, params: Any, state: Any) -> tuple[Any, Any, Statistics]:
+    def rehearse(self, params: Any, state: Any) -> tuple[Any, Any, SegmentReport]:
         """A step in which all observations are zeros. It needs no environment."""
-        (gradients, statistics), state = self._learn(params, *self._rehearsal)
-        return gradients, state, statistics
+        (gradients, report), state = self._learn(params, *self._rehearsal)
+        return gradients, state, report
 
-    def __call__(self, params: Any, state: Any) -> tuple[Any, Any, Statistics]:
+    def __call__(self, params: Any, state: Any) -> tuple[Any, Any, SegmentReport]:
         live = state.environment.live
         environment = self._environment
         play = functools.partial(self._play, live, params, state)
         return live.call(play, environment.name, environment.step_seconds)
 
-    def _play(self, live: Live, params: Any, state: Any) -> tuple[Any, Any, Statistics]:
+    def _play(self, live: Live, params: Any, state: Any) -> tuple[Any, Any, SegmentReport]:
         state = self._where_it_stands(live, state)
         segment = HostSegment(self._t_max, state, self._environment.marks_beginnings)
         ended, carry = np.zeros(len(state.episode_return), bool), state.carry
@@ -219,10 +219,10 @@ class CompiledHostStep:
         trajectory, episodes = segment.read(state.carry)
         now = _learning_part(state._replace(carry=carry))
         # Calls with large NumPy arrays return before they are computed, whatever the settings of the process are.
-        (gradients, statistics), learned = jax.block_until_ready(
+        (gradients, report), learned = jax.block_until_ready(
             self._learn(params, now, ended, trajectory, episodes)
         )
-        return gradients, self._next_state(live, segment, learned), statistics
+        return gradients, self._next_state(live, segment, learned), report
 
     def _next_state(self, live: Live, segment: "HostSegment", learned: Any) -> Any:
         """The state at a segment's end."""

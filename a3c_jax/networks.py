@@ -15,7 +15,7 @@ import numpy as np
 from a3c_jax import normalization
 from a3c_jax.cells import Carry, initial_carry
 from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorical
-from a3c_jax.torsos import MLP, Conv, Trunk
+from a3c_jax.torsos import MLP, Atari, Conv, Trunk
 
 Array = jax.Array
 Distribution = Categorical | MultiCategorical | DiagonalGaussian
@@ -52,7 +52,7 @@ class ActorCritic(nn.Module):
       observation_ndim: how many trailing dimensions make up one observation; a tuple of such numbers,
         one for each leaf, if observations are dicts or tuples (see `MLP`).
       continuous: whether actions are continuous. The policy is then a diagonal Gaussian.
-      torso: `mlp` or `conv`.
+      torso: `mlp`, `conv` or `atari`; see `a3c_jax.torsos`.
       core: None, `lstm` or `gru`.
       core_size: width of the core.
       forget_bias: the initial bias of the core's forget gate. With a larger value, a new core remembers longer.
@@ -84,8 +84,10 @@ class ActorCritic(nn.Module):
                     "num_actions must be one number of dimensions if continuous is True, got "
                     f"{self.num_actions}; set continuous to False for several discrete actions."
                 )
-        if self.torso not in ("mlp", "conv"):
-            raise ValueError(f"torso must be 'mlp' or 'conv', got {self.torso!r}; use 'mlp'.")
+        if self.torso not in ("mlp", "conv", "atari"):
+            raise ValueError(
+                f"torso must be 'mlp', 'conv' or 'atari', got {self.torso!r}; use 'mlp'."
+            )
         super().__post_init__()
 
     @property
@@ -107,11 +109,13 @@ class ActorCritic(nn.Module):
     def make_trunk(self) -> Trunk:
         """Torso and core, everything but the heads."""
         activation = ACTIVATIONS[self.activation]
-        torso = (
-            Conv(self.hidden_sizes, activation)
-            if self.torso == "conv"
-            else MLP(self.hidden_sizes, activation, self.observation_ndim)
-        )
+        torso: nn.Module
+        if self.torso == "conv":
+            torso = Conv(self.hidden_sizes, activation)
+        elif self.torso == "atari":
+            torso = Atari(self.hidden_sizes, activation)
+        else:
+            torso = MLP(self.hidden_sizes, activation, self.observation_ndim)
         return Trunk(torso, self.core, self.core_size, self.forget_bias)
 
     def initialize_carry(self, num_envs: int) -> Carry:

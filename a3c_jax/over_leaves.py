@@ -47,11 +47,11 @@ def keep_nothing(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments: ((), function(*arguments))
 
 
-def keep_gradients_and_statistics(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A worker's step with gradients and statistics as its `kept` results; see `OverLeaves`."""
+def keep_gradients_and_report(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A worker's step with gradients and report as its `kept` results; see `OverLeaves`."""
 
     def split(*arguments: Any) -> Any:
-        gradients, state, statistics = function(*arguments)
-        return (gradients, statistics), state
+        gradients, state, report = function(*arguments)
+        return (gradients, report), state
 
     return split

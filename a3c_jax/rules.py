@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 Optimizer = Literal["adam", "momentum", "shared_rmsprop", "rmsprop"]
 LearningRateSchedule = Literal["constant", "linear"]
 NonFinite = Literal["stop", "skip"]
-Torso = Literal["auto", "mlp", "conv"]
+Torso = Literal["auto", "mlp", "conv", "atari"]
 Core = Literal["lstm", "gru"]
 ActionBounds = Literal["clip", "tanh"]
 Activation = Literal["relu", "tanh", "elu", "silu", "gelu"]

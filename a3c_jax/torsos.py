@@ -8,12 +8,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from a3c_jax import _compiled
 from a3c_jax.cells import Carry, initial_carry, make_cell, where_tree
+from a3c_jax.normalization import is_shape
 
 Array = jax.Array
 
 # The first argument is a variance: a standard deviation of sqrt(2) over the root of fan-in.
 _TORSO_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
+
+SMALLEST_FRAME = 20
+"""Height and width from which on the convolutions of `Atari` have an output."""
+
+
+def choose_torso(observation_shape: Any) -> str:
+    """The torso that `auto` stands for: `conv` for MinAtar's images, `atari` for frames of a game, otherwise `mlp`.
+
+    Args:
+      observation_shape: the shape of one observation, or a tree of shapes. Frames are `(frames, height, width)`, up
+        to 4 of at least 36x36 pixels.
+    """
+    if not is_shape(observation_shape) or len(observation_shape) != 3:
+        return "mlp"
+    if observation_shape[:2] == (10, 10):
+        return "conv"
+    frames, height, width = observation_shape
+    return "atari" if frames <= 4 and min(height, width) >= 36 else "mlp"
 
 
 class MLP(nn.Module):
@@ -49,6 +69,26 @@ class MLP(nn.Module):
         return x
 
 
+class ConvolutionParameters(nn.Module):
+    """The parameters of a convolution: what `flax.linen.Conv` has, of the same names, shapes and initial values.
+
+    Attributes:
+      features: number of channels of the result.
+      size: height and width of the kernel.
+    """
+
+    features: int
+    size: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Array, Array]:
+        """The kernel `[size, size, channels, features]` and the bias `[features]`."""
+        shape = (self.size, self.size, channels, self.features)
+        # The kernel comes first, as it does there, so that it gets the same random key.
+        kernel = self.param("kernel", _TORSO_INIT, shape)
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+
+
 class Conv(nn.Module):
     """The torso of Young & Tian 2019 (arXiv:1903.03176) for MinAtar: one 3x3 convolution, then dense layers.
 
@@ -67,11 +107,80 @@ class Conv(nn.Module):
         """Maps images `[..., height, width, channels]` of any dtype to `[..., hidden_sizes[-1]]` float32."""
         batch, image = observation.shape[:-3], observation.shape[-3:]
         x = observation.reshape(-1, *image).astype(jnp.float32)
-        conv = nn.Conv(self.channels, (3, 3), padding="VALID", kernel_init=_TORSO_INIT)
-        x = self.activation(conv(x)).reshape(*batch, -1)
+        kernel, bias = ConvolutionParameters(self.channels, 3, name="Conv_0")(image[-1])
+        x = self.activation(_compiled.convolve(x, kernel, 1) + bias).reshape(*batch, -1)
         for size in self.hidden_sizes:
             x = self.activation(nn.Dense(size, kernel_init=_TORSO_INIT)(x))
         return x
+
+
+class Atari(nn.Module):
+    """The torso of the paper for Atari: two convolutions, then dense layers.
+
+    The first convolution has 16 channels, kernels of 8x8 and stride 4, the second one 32 channels, kernels of 4x4
+    and stride 2. The paper has one dense layer, of 256 units, and relu.
+
+    Before the first layer, each observation is standardised by its own mean and standard deviation (see
+    `standardize_images`). The paper does not say how it scales pixels.
+
+    Attributes:
+      hidden_sizes: width of each dense layer.
+      activation: applied after each layer.
+
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 5.1 and supplement, section 8.
+    """
+
+    hidden_sizes: tuple[int, ...]
+    activation: Callable[[Array], Array]
+
+    @nn.compact
+    def __call__(self, observation: Array) -> Array:
+        """Maps frames `[..., frames, height, width]`, usually uint8, to `[..., hidden_sizes[-1]]` float32.
+
+        Raises:
+          ValueError: if the frames are too small for the convolutions.
+        """
+        batch, frames = observation.shape[:-3], observation.shape[-3:]
+        if len(frames) < 3 or min(frames[1:]) < SMALLEST_FRAME:
+            raise ValueError(
+                f"observations must be [..., frames, height, width] of at least {SMALLEST_FRAME}x{SMALLEST_FRAME} "
+                f"pixels for the torso 'atari', got shape {observation.shape}; use the torso 'mlp', or bring the "
+                "frames to the front."
+            )
+        layers = [  # parameters and stride
+            (ConvolutionParameters(16, 8, name="Conv_0")(frames[0]), 4),
+            (ConvolutionParameters(32, 4, name="Conv_1")(16), 2),
+        ]
+
+        def convolutions(images: Array) -> Array:
+            x = jnp.moveaxis(standardize_images(images), 1, -1)
+            for (kernel, bias), stride in layers:
+                x = self.activation(_compiled.convolve(x, kernel, stride) + bias)
+            return x.reshape(len(x), -1)
+
+        x = _compiled.in_chunks(convolutions, observation.reshape(-1, *frames)).reshape(*batch, -1)
+        for size in self.hidden_sizes:
+            x = self.activation(nn.Dense(size, kernel_init=_TORSO_INIT)(x))
+        return x
+
+
+def standardize_images(images: Array) -> Array:
+    """Subtracts from each image its mean, and divides it by its standard deviation, over all its pixels and frames.
+
+    So what a network sees does not depend on the brightness of a game's background, which most pixels show.
+
+    Args:
+      images: `[B, ...]` of any dtype.
+
+    Returns:
+      `[B, ...]` float32. An image of one colour becomes zero. The standard deviation is taken as at least that of an
+      image of whole numbers whose pixels are all alike but one, which differs by 1.
+    """
+    x = images.astype(jnp.float32)
+    axes = tuple(range(1, x.ndim))
+    centered = x - jnp.mean(x, axis=axes, keepdims=True)
+    variance = jnp.mean(jnp.square(centered), axis=axes, keepdims=True)
+    return centered / jnp.sqrt(jnp.maximum(variance, 1.0 / math.prod(x.shape[1:])))
 
 
 class Trunk(nn.Module):

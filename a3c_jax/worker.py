@@ -1,6 +1,6 @@
 """A worker as a pure function: play a segment, return the gradients of its loss.
 
-(parameters, worker state)  ->  (gradients, worker state, statistics)
+(parameters, worker state)  ->  (gradients, worker state, report)
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Array = jax.Array
 WorkerState = rollout.RolloutState
 
 
-class Statistics(NamedTuple):
+class SegmentReport(NamedTuple):
     """What a worker reports of a segment.
 
     Attributes:
@@ -46,10 +46,10 @@ class Segment(NamedTuple):
     moments: dict[str, Any]
 
 
-WorkerStep: TypeAlias = Callable[[Any, WorkerState], tuple[Any, WorkerState, Statistics]]
+WorkerStep: TypeAlias = Callable[[Any, WorkerState], tuple[Any, WorkerState, SegmentReport]]
 Differentiate: TypeAlias = Callable[[Any, Segment], tuple[Any, Metrics]]
 Learn: TypeAlias = Callable[
-    [Any, WorkerState, rollout.Trajectory, rollout.Episodes], tuple[Any, WorkerState, Statistics]
+    [Any, WorkerState, rollout.Trajectory, rollout.Episodes], tuple[Any, WorkerState, SegmentReport]
 ]
 
 
@@ -65,12 +65,12 @@ def make_worker_step(
       **rewards: see `make_learn`.
 
     Returns:
-      `worker_step(params, state) -> (gradients, state, statistics)`, a pure function. If the algorithm learns at
+      `worker_step(params, state) -> (gradients, state, report)`, a pure function. If the algorithm learns at
       the newest parameters, the segment itself takes the place of the gradients.
     """
     learn = make_learn(algorithm, **rewards)
 
-    def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, Statistics]:
+    def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, SegmentReport]:
         fresh_carry = algorithm.initialize_carry(len(state.episode_return))
 
         def policy(key: Array, observation: Any, carry: Any) -> tuple[Array, Array, Any]:
@@ -94,7 +94,7 @@ def make_learn(
       terminal_reward: if given, the loss sees it as the reward of each step that terminated an episode.
 
     Returns:
-      `learn(params, state, trajectory, episodes) -> (gradients, state, statistics)`, a pure function. Its state is
+      `learn(params, state, trajectory, episodes) -> (gradients, state, report)`, a pure function. Its state is
       the one at the segment's end.
     """
     differentiate = make_differentiate(algorithm)
@@ -104,7 +104,7 @@ def make_learn(
         state: WorkerState,
         trajectory: rollout.Trajectory,
         episodes: rollout.Episodes,
-    ) -> tuple[Any, WorkerState, Statistics]:
+    ) -> tuple[Any, WorkerState, SegmentReport]:
         # If the parameters hold running moments, the gradients carry the moments of this segment.
         running_moments = normalization.get_statistics(params)
         segment_moments: dict[str, Any] = {}
@@ -126,7 +126,7 @@ def make_learn(
             (segment, {}) if algorithm.learns_at_newest else differentiate(params, segment)
         )
         num_episodes = jnp.sum(episodes.ended, dtype=jnp.int32)
-        return gradients, state, Statistics(metrics, episodes, num_episodes)
+        return gradients, state, SegmentReport(metrics, episodes, num_episodes)
 
     return learn
 

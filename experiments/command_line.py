@@ -53,6 +53,10 @@ class Options:
     """Send the metrics there as well. TensorBoard's files go into the run folder. Each needs its library: pip install -e '.[tensorboard]', and likewise for the others."""
     updates_per_row: int | None = 100
     """Number of updates between two rows of the metrics. None writes a row every half second instead."""
+    ray: str | None = None
+    """Play in processes of a Ray cluster: "auto" takes the one at hand, or starts one on this machine; "local" always starts one; anything else is an address. It needs Ray: pip install -e '.[ray]'."""
+    workers_per_process: int = 1
+    """With --ray: how many workers share a process."""
     gif: bool = False
     """Write play.gif, an episode of the trained policy, if the environment can be drawn. CartPole and the other classic ones need pygame: pip install -e '.[gif]'."""
 
@@ -139,13 +143,14 @@ def _run_example(
         single_kernel = None if checkpoint is None else checkpoint.single_kernel
         program = a3c_jax.build(config, single_kernel=single_kernel)
     raise_noted()
-    with exit_on_bad_input():
+    with exit_on_bad_input(ImportError, ValueError, OSError):
+        ray = _ray_options(options)
         run_dir, checkpoints = _folders(name, options, config.seed)
     with exit_on_bad_input(ImportError):
         sinks = [*sinks, *(_make_logger(logger, run_dir, config) for logger in options.log_to)]
     with (
         exit_if_cut_short(run_dir, checkpoint),
-        exit_on_bad_input(CheckpointError),
+        exit_on_bad_input(CheckpointError, ConnectionError),
         checkpoints.locked(),
     ):
         if checkpoint is not None and options.resume == run_dir:
@@ -158,10 +163,20 @@ def _run_example(
             progress=options.progress,
             sinks=sinks,
             updates_per_row=options.updates_per_row,
+            ray=ray,
         )
     steps_before = 0 if checkpoint is None else checkpoint.environment_steps
     report.report(result, run_dir, options, import_seconds, steps_before, plot_options)
     return run_dir
+
+
+def _ray_options(options: Options) -> "a3c_jax.RayOptions | None":
+    if options.ray is None:
+        return None
+    from a3c_jax.asynchrony.ray_cluster import check_installed
+
+    check_installed()
+    return a3c_jax.RayOptions(address=options.ray, workers_per_process=options.workers_per_process)
 
 
 def _make_logger(logger: Logger, run_dir: Path, config: A3CConfig) -> Any:

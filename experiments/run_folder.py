@@ -83,6 +83,7 @@ def train_in_folder(
     progress: bool = True,
     sinks: Sequence[Any] = (),
     updates_per_row: int | None = None,
+    ray: "a3c_jax.RayOptions | None" = None,
 ) -> "a3c_jax.TrainResult":
     """Trains, with metrics in the run folder and a progress bar; the arguments are those of `a3c_jax.train`.
 
@@ -105,6 +106,7 @@ def train_in_folder(
             checkpoints=checkpoints,
             resume=resume,
             updates_per_row=updates_per_row,
+            ray=ray,
         )
     except a3c_jax.WorkerError as error:
         failure = {

@@ -153,6 +153,7 @@ def test_an_update_that_is_not_finite_renews_nothing():
     assert result.params[SHARED]["count"] == 2
 
 
+@pytest.mark.slow
 def test_running_moments_and_what_is_shared_lie_side_by_side():
     settings = config(num_workers=1, normalize_observations=True, normalize_rewards=True)
     result = a3c_jax.train(settings, environment=PROBE, algorithm=tempered)
@@ -187,6 +188,7 @@ def moved_by_hand(learns_at_newest, schedule, learning_rate=0.5):
     return versions[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("newest", [False, True])
 def test_the_loss_is_differentiated_where_the_algorithm_says(newest):
     schedule = Schedule(np.int32([0, 1, 2, 1, 0, 2]), np.int64([0, 0, 0, 2, 1, 3]))
@@ -203,6 +205,7 @@ def test_the_loss_is_differentiated_where_the_algorithm_says(newest):
         )
 
 
+@pytest.mark.slow
 def test_learning_at_the_newest_parameters_trains_in_threads_replays_and_is_simulated():
     learns = functools.partial(a3c, learns_at_newest=True)
     objects = {"environment": PROBE, "algorithm": learns}

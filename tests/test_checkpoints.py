@@ -389,6 +389,7 @@ def test_the_steps_may_not_change_where_the_learning_rate_depends_on_them():
         check_same_run(linear, dataclasses.replace(linear, max_steps=1_000))
 
 
+@pytest.mark.slow
 def test_train_refuses_another_configuration_before_anything_else(tmp_path):
     checkpoint = cut_short(small(), 3, tmp_path)
     with pytest.raises(ValueError, match=r"A3CConfig\.seed must be the checkpoint's 3"):
@@ -492,6 +493,7 @@ class Named(nn.Module):
         return self(observation)[1]
 
 
+@pytest.mark.slow
 def test_another_network_with_arrays_of_the_same_shapes_is_refused(tmp_path):
     config, network = small(max_steps=80, hidden_sizes=(128,)), Named("logits", "values")
     a3c_jax.train(program(config, WALK, network), checkpoints=CheckpointFolder(tmp_path))
@@ -517,6 +519,7 @@ def test_another_optimizer_with_arrays_of_the_same_shapes_is_refused(tmp_path):
     assert (trace.shape, trace.dtype) == (nu.shape, nu.dtype)
 
 
+@pytest.mark.slow
 def test_another_environment_is_refused(checkpoint):
     class Wider(Walk):
         observation_shape = (4,)
@@ -571,6 +574,7 @@ class StopsAfter(StopAt):
             super().write(row, episodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 def test_every_checkpoint_of_a_run_is_one_moment_between_two_updates(

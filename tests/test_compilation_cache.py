@@ -65,6 +65,7 @@ def test_nothing_is_kept_if_that_is_asked_for(restored, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_does_not_end_the_run(restored, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "cache"  # below a file, where not even root can make one

@@ -232,6 +232,7 @@ def default():
     return blueprint, params, state
 
 
+@pytest.mark.slow
 def test_the_defaults_worker_step_is_a_single_kernel_and_its_update_is_not(default, capfd):
     blueprint, params, state = default
     step = _compiled.compile(blueprint.worker_step, params, state)

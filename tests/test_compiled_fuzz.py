@@ -38,6 +38,7 @@ def check(results):
     assert 0.1 * len(valid) < sum(r["single"] for r in valid) < 0.8 * len(valid)
 
 
+@pytest.mark.slow
 def test_random_programs():
     check(try_programs(0, 8))
 

@@ -194,6 +194,7 @@ def test_every_allowed_primitive_is_tried():
     assert sorted(CASES) == sorted(single_kernel._ALLOWED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_an_allowed_primitive_becomes_part_of_a_single_kernel(name, capfd):
     function, *arguments = CASES[name]

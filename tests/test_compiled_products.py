@@ -39,6 +39,7 @@ def dense_layer(x, w):
     return jax.grad(loss, (0, 1), has_aux=True)(x, w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (1,), (7,), (3, 5)])
 @pytest.mark.parametrize(
     ("terms", "size"), [(1, 1), (4, 33), (9, 40), (40, 9), (128, 2), (33, 1), (64, 64)]

@@ -13,6 +13,7 @@ from jax.experimental import xla_metadata
 
 from a3c_jax import _compiled
 from a3c_jax._compiled import single_kernel
+from a3c_jax.config import available_cores
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("A3C_JAX_PLAIN") == "1" or jax.default_backend() != "cpu",
@@ -267,3 +268,42 @@ def test_the_marks_end_with_the_compilation():
         text = jax.jit(lambda x: jnp.sin(x)).lower(X).as_text()
     assert 'after = "yes"' in text
     assert "xla_cpu_small_call" not in text
+
+
+# Plainly.
+
+
+def long_arrays(x, w):
+    """A loop that XLA finds worth splitting, and a matrix product."""
+    return jnp.tanh(2 * jnp.tanh(x)), x @ w
+
+
+def test_plainly_no_loop_is_split_over_the_threads_of_xla():
+    x, w = normal(1024, 1024), normal(1024, 64, seed=1)
+    split = jax.jit(long_arrays)
+    compiled = single_kernel.compile_plainly(
+        programs_of(long_arrays, x, w), jax.tree.structure((0, 0)), [x, w]
+    )
+    chex.assert_trees_all_equal(compiled(x, w), split(x, w))
+    parts = [
+        re.findall(r'"outer_dimension_partitions":\["', f.lower(x, w).compile().as_text())
+        for f in (compiled, split)
+    ]
+    assert parts[0] == []
+    if available_cores() > 1:  # otherwise there is nothing to switch off
+        assert parts[1] != []
+
+
+def test_plainly_an_error_of_the_program_itself_is_raised():
+    def fails(x):
+        raise ValueError("my own error")
+
+    program = programs_of(lambda x: jax.pure_callback(fails, jax.typeof(x), x) + 1, X)
+    with pytest.raises(Exception, match="my own error"):
+        single_kernel.compile_plainly(program, jax.tree.structure(0), [X])
+
+
+def test_plainly_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
+    monkeypatch.setattr(single_kernel, "_UNSPLIT", {"xla_unheard_of": "yes"})
+    compiled = single_kernel.compile_plainly(programs_of(jnp.sin, X), jax.tree.structure(0), [X])
+    chex.assert_trees_all_equal(compiled(X), jnp.sin(X))

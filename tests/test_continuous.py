@@ -51,6 +51,7 @@ def seen(environment, action):
     return np.asarray(environment.step(jax.random.key(1), state, action).final_observation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box", BOXES)
 @pytest.mark.parametrize("bounds", ["clip", "tanh"])
 def test_minus_one_and_one_are_the_bounds_and_nothing_is_beyond(box, bounds):
@@ -86,6 +87,7 @@ def test_random_actions_are_uniform_in_the_box(bounds):
         assert np.abs(counts - 500).max() < 110  # five standard deviations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state_dependent", [True, False])
 def test_the_first_policy_has_the_standard_deviation_one_everywhere(state_dependent):
     network = ActorCritic(2, (16,), continuous=True, state_dependent_scale=state_dependent)
@@ -111,6 +113,7 @@ def test_the_first_policy_has_the_standard_deviation_one_everywhere(state_depend
     assert (network.apply(low, observation)[0].scale > 0).all() == state_dependent
 
 
+@pytest.mark.slow
 def test_the_loss_takes_the_log_probability_of_the_number_before_it_is_clipped():
     environment = environments.adapt(Box(-0.1, 0.1, (1,)))
     network = ActorCritic(1, (4,), continuous=True)

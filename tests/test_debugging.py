@@ -61,6 +61,7 @@ def test_without_compilation_evaluation_and_simulation_work():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(result.params))
 
 
+@pytest.mark.slow
 def test_a_program_compiled_before_still_runs_without_compilation():
     program = build(CONFIG, environment=WALK)
     expected = train(program)

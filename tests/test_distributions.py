@@ -229,6 +229,7 @@ def test_multi_categorical_by_hand():
     chex.assert_trees_all_equal(distribution.mode(), jnp.array([[1, 0]], jnp.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (4,), (5, 2)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_multi_categorical_equals_numpy_for_any_batch_shape(sizes, batch):
@@ -246,6 +247,7 @@ def test_multi_categorical_equals_numpy_for_any_batch_shape(sizes, batch):
     chex.assert_trees_all_equal(distribution.mode(), np.stack(modes, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_multi_categorical_is_a_product_of_categoricals_and_so_are_its_gradients(sizes):
     distribution, action = random_multi_categorical(sizes, 6), random_action(sizes, 6)

@@ -54,12 +54,14 @@ def test_equal_keys_give_equal_episodes_and_others_do_not():
     assert (first.returns != other.returns).any()
 
 
+@pytest.mark.slow
 def test_a_random_policy_is_as_bad_as_it_is_known_to_be():
     environment = make("CartPole-v1")
     returns, _ = evaluate(random_policy(environment), None, environment, jax.random.key(0), 500)
     assert 20 < returns.mean() < 25
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_mode_and_sampled_does_not_always():
     network = ActorCritic(num_actions=2, hidden_sizes=(8,))
     observation = jax.random.normal(jax.random.key(0), (100, 4))
@@ -71,6 +73,7 @@ def test_greedy_takes_the_mode_and_sampled_does_not_always():
     assert 20 < (sampled != greedy).sum() < 80
 
 
+@pytest.mark.slow
 def test_evaluation_disturbs_no_training():
     run = program(A3CConfig(num_workers=1, envs_per_worker=2, t_max=4, max_steps=800))
     before = train(run)

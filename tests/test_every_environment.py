@@ -34,6 +34,7 @@ def registered():
     return [n for n in gymnax.registered_envs if n not in CANNOT_RUN and "-misc2" not in n]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [runs(name) for name in registered() if "positions" not in name])
 def test_three_updates_an_evaluation_a_checkpoint_and_on_from_it(name, tmp_path):
     short = environments.make(name)

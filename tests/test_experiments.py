@@ -223,6 +223,7 @@ def test_ctrl_c_keeps_what_was_learnt(tmp_path):
 # The examples.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_preset_describes_a_program(name):
     for config in presets(name).values():
@@ -232,6 +233,7 @@ def test_every_preset_describes_a_program(name):
         jax.eval_shape(blueprint.worker_step, params, state)
 
 
+@pytest.mark.slow
 def test_a_preset_is_the_default_that_options_change(tmp_path, capsys):
     made = example("pendulum", tmp_path / "run", "--preset", "mountain-car", "--max-steps", "40")
     config = a3c_jax.A3CConfig(**json.loads((made / "config.json").read_text()))
@@ -276,6 +278,7 @@ def finished_run(tmp_path_factory):
     return example("cartpole", tmp_path_factory.mktemp("runs") / "run", "--max-steps", "1600")
 
 
+@pytest.mark.slow
 def test_a_replay_is_identical(finished_run, capsys):
     replay.main([str(finished_run)])
     count = len(a3c_jax.find_checkpoint(finished_run).episodes.length)
@@ -288,6 +291,7 @@ def test_a_replay_is_identical(finished_run, capsys):
     assert f"update 6, by worker {worker}:" in output and "gradient_norm" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "words"),
     [

@@ -235,6 +235,7 @@ array_shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 array_dtypes = st.sampled_from([np.float32, np.float16, np.int32, np.bool_])
 
 
+@pytest.mark.slow
 @settings(moderate, max_examples=60)
 @given(
     st.lists(st.tuples(array_shapes, array_dtypes), min_size=3, max_size=3)

@@ -401,7 +401,7 @@ def test_nobody_has_to_close_what_nobody_holds():
     factory = stairs()
     worker = Worker(A3CConfig(**SMALL), factory)
     state = worker.step(worker.params, worker.state)[1]
-    (thread,) = [t for t in threading.enumerate() if t.name == "a3c-environments"]
+    (thread,) = [t for t in threading.enumerate() if t.name.endswith("-environments")]
     del state, worker.state
     gc.collect()
     thread.join(10)

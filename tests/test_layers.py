@@ -115,11 +115,11 @@ def test_a_module_imports_only_from_those_above_it(module):
     assert imports_of_the_package(module) <= {*above, MACHINE_ROOM}
 
 
-def test_the_algorithm_uses_the_machine_room_only_where_environments_are_made():
+def test_the_algorithm_uses_the_machine_room_only_for_environments_and_convolutions():
     users = {
         name for name in ALGORITHM if MACHINE_ROOM in imports_of_the_package(f"a3c_jax.{name}")
     }
-    assert users == {"gymnax_environment"} & {*ALGORITHM}
+    assert users == {"gymnax_environment", "torsos"} & {*ALGORITHM}
 
 
 def test_the_machine_room_imports_nothing_of_the_asynchrony_and_of_the_algorithm_only_this():

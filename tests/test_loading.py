@@ -46,6 +46,7 @@ def test_a_run_comes_back_ready_to_act_and_to_go_on(tmp_path):
     assert run.checkpoint.version == result.version
 
 
+@pytest.mark.slow
 def test_a_result_can_be_pickled():
     result = a3c_jax.train(A3CConfig(**TINY))
     again = pickle.loads(pickle.dumps(result))
@@ -67,6 +68,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_objects_of_a_run_are_named_in_its_checkpoint(folder):
     assert find_checkpoint(folder).objects == {
         "environment": "probes.Probe",
@@ -98,6 +100,7 @@ def test_it_loads_and_goes_on_with_the_same_objects_and_not_without(folder, caps
     assert capsys.readouterr().out.startswith("identical")
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_returns_of_a_run(tmp_path, capsys):
     folder = CheckpointFolder(tmp_path / "checkpoints")
     a3c_jax.train(A3CConfig(**TINY | {"max_steps": 400}), checkpoints=folder)
@@ -121,6 +124,7 @@ def test_bad_input_ends_in_a_sentence(arguments, tmp_path, monkeypatch, capsys):
     assert "no checkpoint in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [loading, objects], ids=lambda module: module.__name__)
 def test_the_examples_in_the_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import a3c_jax
-from a3c_jax import A3CConfig
+from a3c_jax import A3CConfig, _compiled
 from a3c_jax.blueprint import make_blueprint
 from experiments.measurements import (
     breakdown,
+    convolutions,
     networks,
     reproduction,
     scaling,
@@ -116,6 +117,7 @@ def small_program():
     return a3c_jax.build(SMALL).replace(num_workers=2)
 
 
+@pytest.mark.slow
 def test_a_measurement_is_as_long_as_asked_and_counts_what_was_done(small_program):
     measure = timing.asynchronous(small_program)
     short, long = measure(0.1), measure(1.0)
@@ -126,6 +128,7 @@ def test_a_measurement_is_as_long_as_asked_and_counts_what_was_done(small_progra
     assert long.steps_per_second == long.environment_steps / long.seconds
 
 
+@pytest.mark.slow
 def test_the_synchronous_measurement_counts_what_was_done():
     measured = timing.synchronous_loop(dataclasses.replace(SMALL, num_workers=2))(0.05)
     assert measured.seconds >= 0.05 and measured.staleness == 0
@@ -153,6 +156,7 @@ def test_every_round_measures_everything_once_forwards_and_backwards():
     assert timing.ratio(measured["a"], measured["b"]) == pytest.approx((0.5 + 4 / 3) / 2)
 
 
+@pytest.mark.slow
 def test_programs_that_differ_in_the_number_of_workers_share_one_compilation():
     one, two = (timing.program(w, 2, 3, hidden_sizes=(4,)) for w in (1, 2))
     assert one.step is two.step
@@ -249,6 +253,7 @@ def test_the_scaling_leaves_everything_in_its_run_folder(tmp_path, capsys):
         assert word in output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(soak.os, "sysconf"), reason="it reads /proc")
 def test_a_soak_that_its_budget_ends_keeps_its_whole_configuration(capsys):
     options = ["--environment", "Pendulum-v1", "--action-bounds", "tanh", "--max-steps", "4000"]
@@ -330,6 +335,7 @@ def test_a_run_folder_that_exists_is_never_written_to(tmp_path, capsys, program)
 # The networks as users write them.
 
 
+@pytest.mark.slow
 def test_a_network_is_measured_in_all_its_forms(capsys):
     tiny = ["--environments", "2", "--t-max", "2", "--rounds", "1", "--seconds", "0.001"]
     networks.main(["--networks", "16", "lstm of 32", *tiny])
@@ -342,3 +348,52 @@ def test_a_network_is_measured_in_all_its_forms(capsys):
 
 def test_a_network_that_is_not_in_the_table_is_refused(capsys):
     assert "networks must be among" in refused(capsys, networks, ["--networks", "resnet"])
+
+
+# Convolutions.
+
+
+@pytest.mark.slow
+def test_convolutions_are_compared_in_all_forms(capsys):
+    tiny = [
+        "--size",
+        "36",
+        "--segments",
+        "2x3",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.001",
+        "--threads",
+        "1",
+    ]
+    convolutions.main([*tiny, "--parts", "torso", "step", "--games", "breakout"])
+    lines = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | 1 | " in line
+    ]
+    rows = {line[0].strip("| "): line[2:] for line in lines}
+    assert set(rows) == {
+        "forward, 1", "forward, 8", "forward, 16", "forward, 32", "gradient, 2x3", "step, frames 2x3",
+        "step, breakout",
+    }  # fmt: skip
+    for name, numbers in rows.items():
+        assert len(numbers) == (2 if name.startswith("step") else 3)
+        assert all(float(number.strip("| ")) > 0 for number in numbers)
+
+
+def test_the_compared_networks_compute_the_same():
+    """Otherwise the comparison would be of different networks."""
+    calls = convolutions.torso_calls(40, 36, gradient=True).values()
+    first, *others = [_compiled.unpack(call()) for call in calls]
+    for other in others:
+        chex.assert_trees_all_close(other, first, rtol=1e-3, atol=1e-5)
+
+
+def test_options_with_which_no_convolution_can_be_measured_are_refused(capsys):
+    for arguments, message in (
+        (["--games", "pong"], "games must be among breakout, asterix"),
+        (["--segments", "8by5"], "segments must be environments x t_max, got '8by5'; give 8x5."),
+        (["--threads", "0"], "A3CConfig.num_workers must be an integer >= 1, got 0"),
+        (["--rounds", "0"], "rounds and seconds must be positive, got 0 and 0.3"),
+    ):
+        assert message in refused(capsys, convolutions, arguments)

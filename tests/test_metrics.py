@@ -14,7 +14,7 @@ from a3c_jax.asynchrony.metrics import Counters, ProgressBar, Report, Totals
 from a3c_jax.asynchrony.parameters import Snapshot, Update
 from a3c_jax.asynchrony.records import EpisodeLog
 from a3c_jax.rollout import Episodes
-from a3c_jax.worker import Statistics
+from a3c_jax.worker import SegmentReport
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def count(counters, returns, lengths=None, worker=0, staleness=0, **values):
     padded[ended] = returns
     steps = np.full(len(ended), 88, np.int32)
     steps[ended] = 1 if lengths is None else lengths
-    report = Statistics(values, Episodes(ended, padded, steps), np.int32(len(returns)))
+    report = SegmentReport(values, Episodes(ended, padded, steps), np.int32(len(returns)))
     counters.count(Update(worker, staleness, Snapshot(None, 0)), Report(report))
 
 

@@ -98,6 +98,7 @@ def trained(form):
 # The whole of a run.
 
 
+@pytest.mark.slow
 @every_form
 def test_all_of_the_actions_are_learnt(form):
     result = trained(form)
@@ -147,6 +148,7 @@ def test_a_run_is_simulated():
 # The environment.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", SPACES)
 def test_the_environment_gets_what_its_space_describes(form):
     played = adapt(Levers(form))
@@ -160,6 +162,7 @@ def test_the_environment_gets_what_its_space_describes(form):
     assert [np.unique(column).tolist() for column in drawn.T] == [[0, 1, 2], [0, 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["tuple", "nvec"])
 def test_a_space_that_starts_elsewhere_than_at_zero_gets_its_own_numbers(form):
     class Shifted(Levers):

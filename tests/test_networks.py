@@ -143,6 +143,7 @@ def test_observations_of_many_dimensions_and_any_type_are_flattened_to_floats(dt
     assert_close(single, jax.tree.map(lambda x: x[4, 1], (distribution, value)))
 
 
+@pytest.mark.slow
 @separate_and_shared
 @pytest.mark.parametrize("observation_size", [4, 400])
 def test_the_first_policy_is_close_to_uniform(observation_size, shared_torso):
@@ -276,6 +277,7 @@ def test_a_segment_of_one_step_bootstraps_from_what_followed(compiled):
         assert_close(v_t, compiled.critic(compiled.params, trajectory.observation_t))
 
 
+@pytest.mark.slow
 @separate_and_shared
 def test_the_saving_changes_neither_the_loss_nor_its_gradient(shared_torso):
     network = ActorCritic(3, (16,), shared_torso=shared_torso)
@@ -329,6 +331,7 @@ def test_any_network_with_a_critic_method_can_be_applied_to_a_trajectory():
 # Images.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [4, 10])
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32])
 def test_the_convolution_is_that_of_young_and_tian_for_any_type_of_pixels(channels, dtype):
@@ -350,6 +353,7 @@ def test_the_convolution_is_that_of_young_and_tian_for_any_type_of_pixels(channe
     assert_close(value, x[..., 0], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "torso", "expected"),
     [

@@ -282,6 +282,7 @@ def bad_updates(schedule, first_step, count, t_max=4):
     return bad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])

@@ -47,6 +47,7 @@ def apply_fn(params, trajectory):
     return Categorical(params["logits"]), params["v_tm1"], params["v_t"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("truncated", [False, True])
 def test_the_gradients_are_those_of_rlax(seed, truncated):
@@ -129,6 +130,7 @@ def test_the_clipped_loss_is_that_of_rlax():
     np.testing.assert_allclose(metrics["actor_loss"], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vtrace", "ppo?clip=0.1"])
 def test_it_runs_by_its_name_and_replays_bit_for_bit(name):
     config = A3CConfig(

@@ -159,11 +159,11 @@ def test_what_is_no_environment_is_refused_with_what_it_lacks():
         make_blueprint(A3CConfig(**TINY), environment=Half())
 
 
-def test_an_environment_of_gymnasium_is_refused_in_one_sentence():
+def test_a_single_environment_of_gymnasium_is_refused_in_one_sentence():
     gymnasium = pytest.importorskip("gymnasium")
     message = (
-        r"must be written in JAX and have gymnax's interface, got .*, whose observation_space is no "
-        r"method, as in Gymnasium's environments; use"
+        r"must have gymnax's interface or be a gymnasium.vector.VectorEnv, got .*, whose observation_space is no "
+        r"method, as in Gymnasium's single environments; give a function that makes a vector of them"
     )
     with pytest.raises(TypeError, match=message):
         make_blueprint(A3CConfig(), environment=gymnasium.make("CartPole-v1"))

@@ -82,6 +82,7 @@ def program(own):
     return a3c_jax.build(config(), **own)
 
 
+@pytest.mark.slow
 def test_a_run_with_own_loss_and_optimizer_replays_and_goes_on_bit_for_bit(program, own, tmp_path):
     result = a3c_jax.train(program)
     assert_same(a3c_jax.replay(program, result.schedule), result)
@@ -104,6 +105,7 @@ def test_the_metrics_are_those_of_the_own_loss(program):
     assert metrics[0]["max_ratio"] == pytest.approx(1.0, abs=1e-5), "nobody came in between"
 
 
+@pytest.mark.slow
 def test_the_simulation_makes_the_same_updates(program, own):
     schedule = fixed_delay(2, num_updates=6)
     simulated = a3c_jax.make_simulation(config(num_workers=3), 2, **own)(0, 1e-3, schedule)
@@ -124,6 +126,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer_over_the_tree_makes_the_updates_that_optax_makes(name):
     program = a3c_jax.build(config(num_workers=1), environment=PROBE, optimizer=OPTIMIZERS[name]())

@@ -84,6 +84,7 @@ class Equinox:
         return Categorical(outputs[..., :2]), outputs[..., 2]
 
 
+@pytest.mark.slow
 def test_a_lone_call_trains_as_a_network_with_its_parts_does():
     schedule = a3c_jax.fixed_delay(0, num_updates=6)
     parts, alone = (
@@ -93,6 +94,7 @@ def test_a_lone_call_trains_as_a_network_with_its_parts_does():
     chex.assert_trees_all_close(parts.params, alone.params, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [CallAlone, Functions, bridged, Equinox])
 def test_it_trains_replays_resumes_and_is_evaluated(make, tmp_path):
     program = a3c_jax.build(A3CConfig(**TINY), environment=PROBE, network=make())

@@ -247,6 +247,7 @@ def test_what_needs_another_program_is_refused_by_name(config, changes):
         program(small(**config), WALK).replace(**changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "changes"),
     [

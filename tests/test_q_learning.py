@@ -198,6 +198,7 @@ def test_the_final_values_have_the_paper_s_distribution():
 # Runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_it_replays_goes_on_and_is_simulated_like_a3c(method, tmp_path):
     program = a3c_jax.build(config(method), environment=PROBE)
@@ -218,6 +219,7 @@ def test_it_replays_goes_on_and_is_simulated_like_a3c(method, tmp_path):
     chex.assert_trees_all_close(simulated.params, result.params, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_known_values_of_a_probe_are_learnt_in_threads(method):
     # The best action earns 1 in each of three steps and 0.25 more in the last one.
@@ -237,6 +239,7 @@ def test_the_known_values_of_a_probe_are_learnt_in_threads(method):
         np.testing.assert_allclose(value, expected, atol=0.15)
 
 
+@pytest.mark.slow
 def test_a_recurrent_network_and_running_moments_work_as_with_a3c():
     settings = config("one_step_sarsa", core="lstm", core_size=4, normalize_observations=True)
     program = a3c_jax.build(settings, environment=PROBE)

@@ -103,6 +103,7 @@ def loss_by_hand(params, trajectory, core, shared, settings):
     return a3c_loss(params, lambda *_: outputs, trajectory, **settings)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", NETWORKS)
 def test_the_gradient_of_a_segment_is_that_of_back_propagation_through_time_by_hand(settings):
     network = make_network(**settings)
@@ -125,6 +126,7 @@ def test_the_gradient_of_a_segment_is_that_of_back_propagation_through_time_by_h
     chex.assert_trees_all_close(gradient, by_hand, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", NETWORKS)
 def test_stepping_and_unrolling_remember_the_same(settings):
     network = make_network(**settings)
@@ -235,6 +237,7 @@ def test_memory_learns_what_no_policy_without_it_can():
     assert abs(means[None]) < 0.2
 
 
+@pytest.mark.slow
 def test_the_carry_goes_on_from_segment_to_segment_and_is_fresh_where_an_episode_ended():
     config = small(core="lstm", core_size=4, t_max=3, envs_per_worker=4)
     blueprint, params, (state, *_) = initialize(config, environment=Recall(5, recalls))

@@ -52,6 +52,7 @@ def test_a_replay_is_the_run_bit_for_bit(optimizer, num_workers):
     assert result.best_mean_return is not None
 
 
+@pytest.mark.slow
 def test_a_replay_of_cartpole_with_many_environments_is_the_run_bit_for_bit():
     config = small(num_workers=3, envs_per_worker=8, t_max=5, max_steps=8_000)
     result = train_together(config)

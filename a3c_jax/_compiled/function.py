@@ -23,6 +23,12 @@ def unpack(value: Any) -> Any:
     return _unpackers[value.layout](value.vector)
 
 
+def packed_type(example: Any) -> type[Packed] | None:
+    """The class of packed trees like the example, which may be packed; None if they are never packed."""
+    layout = layout_of(example)
+    return None if layout is None else layout.packed
+
+
 def pack(value: Any, layout: Layout) -> Packed:
     """A plain tree as a `Packed`."""
     if layout not in _packers:

@@ -22,11 +22,14 @@ from a3c_jax._compiled import products
 Array = jax.Array
 
 _MARKS = {"xla_cpu_small_call": "true", "inlineable": "false"}
+_UNSPLIT: dict[str, Any] = {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
+"""Switches off the pass of XLA that splits operations over its thread pool."""
+
 _OPTIONS: dict[str, Any] = {
     # The matrix products of this library cannot be part of a kernel.
     "xla_cpu_experimental_ynn_fusion_type": "",
-    # Nor can operations that are split over XLA's thread pool. This is the pass of XLA that splits them.
-    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",
+    # Nor can operations that are split.
+    **_UNSPLIT,
     # One large kernel takes LLVM much longer to compile at its usual level, 3, and runs as fast.
     "xla_backend_optimization_level": 2,
 }
@@ -94,9 +97,20 @@ def _is_key(x: Any) -> bool:
 def compile_plainly(
     program: core.ClosedJaxpr, results: Any, inputs: list[Any]
 ) -> Callable[..., Any]:
-    """Compiles a program as `jax.jit` does. The arguments are those of `compile_program`."""
-    compiled = jax.jit(_over_trees(core.jaxpr_as_fun(program), program, results))
-    jax.block_until_ready(compiled(*inputs))
+    """Compiles a program as `jax.jit` does, but for one thing. The arguments are those of `compile_program`.
+
+    XLA would split loops over long arrays into a part for each core, and pass the parts to its thread pool. But here
+    each core has a worker thread of its own, so that the parts only wait for each other. The results are the same,
+    bit for bit.
+    """
+    function = _over_trees(core.jaxpr_as_fun(program), program, results)
+    compiled = jax.jit(function, compiler_options=_UNSPLIT)
+    try:
+        jax.block_until_ready(compiled(*inputs))
+    except Exception:
+        # Either XLA does not know the option, or the error is the program's own and is raised again.
+        compiled = jax.jit(function)
+        jax.block_until_ready(compiled(*inputs))
     return compiled
 
 

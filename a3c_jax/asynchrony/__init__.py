@@ -20,6 +20,9 @@
 | `evaluation`  | whole episodes by a fixed policy                                                       |
 | `loading`     | `load`: what a run has learnt, ready to act                                            |
 | `program`     | `build`: what a configuration describes, compiled once and run often                   |
+| `step_process` | what runs in a process that only makes steps of workers                              |
+| `ray_cluster` | the connection to a Ray cluster                                                        |
+| `ray_workers` | steps in processes of their own, on one machine or many, by Ray                        |
 | `result`      | `TrainResult`: what a run leaves behind                                                |
 | `run`         | one run of a program: what `train` and `replay` have in common                         |
 | `reporting`   | what a run shows and saves while it goes on                                            |

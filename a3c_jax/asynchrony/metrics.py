@@ -202,27 +202,27 @@ class Report:
     that no other worker waits for it. The metrics are read only if somebody asks for them.
 
     Args:
-      statistics: what the worker step returned, `a3c_jax.worker.Statistics`.
+      segment_report: what the worker step returned, `a3c_jax.worker.SegmentReport`.
 
     Attributes:
       num_episodes: how many episodes ended.
       episodes: their returns and their lengths, two vectors; None if there are none.
     """
 
-    __slots__ = ("_statistics", "episodes", "num_episodes")
+    __slots__ = ("_segment_report", "episodes", "num_episodes")
 
-    def __init__(self, statistics: Any) -> None:
-        self._statistics = statistics
-        self.num_episodes = int(statistics.num_episodes)
+    def __init__(self, segment_report: Any) -> None:
+        self._segment_report = segment_report
+        self.num_episodes = int(segment_report.num_episodes)
         self.episodes: tuple[np.ndarray, np.ndarray] | None = None
         if self.num_episodes:
-            ended, returns, lengths = map(np.asarray, statistics.episodes)
+            ended, returns, lengths = map(np.asarray, segment_report.episodes)
             self.episodes = returns[ended], lengths[ended]
 
     @property
     def metrics(self) -> Any:
         """The metrics of the segment, by name."""
-        return self._statistics.metrics
+        return self._segment_report.metrics
 
 
 class Sink(Protocol):

@@ -90,7 +90,7 @@ class Program:
             return program
         blueprint = self.describe(config)
         params, state = program.initial_params(), program.initial_states()[0]
-        gradients = _example_gradients(self.step, params, state)
+        gradients, _, _ = rehearse(self.step, params, state)
         updater = compile_updater(blueprint.updater(config.learning_rate), params, gradients)
         return dataclasses.replace(program, blueprint=blueprint, updater=updater)
 
@@ -169,8 +169,8 @@ def build(
     params = init(seed, state.observation)
     set_up = time.perf_counter()
 
-    step = _compile_step(blueprint.worker_step, params, state, single_kernel)
-    gradients = _example_gradients(step, params, state)
+    step = compile_step(blueprint.worker_step, params, state, single_kernel)
+    gradients, _, _ = rehearse(step, params, state)
     updater = compile_updater(blueprint.updater(config.learning_rate), params, gradients)
     return Program(
         config=config,
@@ -187,17 +187,17 @@ def build(
     )
 
 
-def _compile_step(worker_step: Any, params: Any, state: Any, single_kernel: bool | None) -> Any:
+def compile_step(worker_step: Any, params: Any, state: Any, single_kernel: bool | None) -> Any:
     """The worker step, compiled. If its environments are on the host, they are not made yet."""
     if isinstance(worker_step, HostWorkerStep):
         return worker_step.compile(_compiled.compile, params, state, single_kernel=single_kernel)
     return _compiled.compile(worker_step, params, state, single_kernel=single_kernel)
 
 
-def _example_gradients(step: Any, params: Any, state: Any) -> Any:
-    """Gradients like those to come."""
-    gradients, _, _ = getattr(step, "rehearse", step)(params, state)
-    return gradients
+def rehearse(step: Any, params: Any, state: Any) -> tuple[Any, Any, Any]:
+    """Gradients, state and report like those to come. If environments are on the host, none is made."""
+    results: tuple[Any, Any, Any] = getattr(step, "rehearse", step)(params, state)
+    return results
 
 
 def compile_updater(updater: Updater, params: Any, gradients: Any) -> Updater:

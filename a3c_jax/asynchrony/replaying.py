@@ -191,8 +191,8 @@ def _repeat_update(run: Run, worker: int, pulled_version: int, params: Any) -> t
     """Makes one update as a worker thread does; its gradients and its report."""
     report = None
     try:
-        gradients, state, statistics = run.program.step(params, run.states[worker])
-        report = Report(statistics)
+        gradients, state, segment_report = run.program.step(params, run.states[worker])
+        report = Report(segment_report)
         with run.store.applying(gradients, pulled_version, worker) as update:
             run.on_update(update, report)
             run.states[worker] = state

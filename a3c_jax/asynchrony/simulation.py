@@ -28,7 +28,7 @@ class SimulationResult(NamedTuple):
       params: the final parameters, Flax variables.
       num_episodes: how many episodes ended in each update's segment, `[updates]` int32.
       episode_return: their mean return, `[updates]` float32; 0 if none ended.
-      metrics: the parts of the loss and `gradient_norm` (`a3c_jax.worker.Statistics`), `[updates]` each.
+      metrics: the parts of the loss and `gradient_norm` (`a3c_jax.worker.SegmentReport`), `[updates]` each.
       applied: whether the update changed the parameters, `[updates]` bool. It did not if it was not finite,
         or if its row of the schedule is impossible. If `config.nonfinite` is `stop`, the run ends there:
         all later rows are False too, and no more episodes are counted.
@@ -163,7 +163,7 @@ def _make_run(
 
             state = jax.tree.map(lambda x: x[worker], carry.states)
             stale = unravel(carry.versions[pulled % num_versions])
-            gradients, new_state, statistics = blueprint.worker_step(stale, state)
+            gradients, new_state, report = blueprint.worker_step(stale, state)
             new_params, optimizer_state = updater.update(
                 gradients, carry.optimizer_state, unravel(carry.params), worker
             )
@@ -184,7 +184,7 @@ def _make_run(
                 jax.tree.map(lambda x, y: x.at[worker].set(y), carry.states, new_state),
                 runs,
             )
-            return carry, (*_mean_return(statistics.episodes, runs), statistics.metrics, applied)
+            return carry, (*_mean_return(report.episodes, runs), report.metrics, applied)
 
         carry = _Carry(params, versions, updater.init(initial), states, jnp.bool_(True))
         rows = (jnp.arange(len(schedule.worker), dtype=jnp.int32), *schedule)

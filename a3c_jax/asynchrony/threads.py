@@ -7,7 +7,7 @@ and tested, by itself.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from a3c_jax.asynchrony.parameters import SharedParameters, Update
@@ -46,12 +46,16 @@ class WorkerError(RuntimeError):
         self.result: Any = None
 
 
+class StepAbandoned(Exception):
+    """Raised by a step that waits for something, when it sees that the run is stopping. It ends its thread."""
+
+
 class WorkerThreads:
     """The threads of one run.
 
     Args:
-      step: `step(params, state) -> (gradients, state, report)`. Its results must be computed when it
-        returns, so that nobody waits for them with the store's lock held.
+      step: `step(params, state) -> (gradients, state, report)`, or one such function for each worker. Its results
+        must be computed when it returns, so that nobody waits for them with the store's lock held.
       store: the parameters that the workers share.
       states: each worker's initial state, a list. One thread is made for each, and replaces its entry
         after every update, under the store's lock.
@@ -62,6 +66,8 @@ class WorkerThreads:
       max_running: how many threads may be between their pull and their apply at the same time; None
         sets no limit. Others wait for their turn.
       turn_seconds: how long such a turn lasts at least.
+      stopping: set when the threads are to stop; None makes a new one. A step that may wait for long has to look
+        at it, and raise `StepAbandoned` once it is set.
 
     Raises:
       ValueError: if there are no states.
@@ -69,7 +75,7 @@ class WorkerThreads:
 
     def __init__(
         self,
-        step: Step,
+        step: Step | Sequence[Step],
         store: SharedParameters,
         states: list[Any],
         *,
@@ -78,12 +84,13 @@ class WorkerThreads:
         max_updates: int | None = None,
         max_running: int | None = None,
         turn_seconds: float = 0.02,
+        stopping: threading.Event | None = None,
     ) -> None:
         if not states:
             raise ValueError(
                 "states must hold one state for each worker, got none; give at least one."
             )
-        self._step = step
+        self._steps = [step] * len(states) if callable(step) else list(step)
         self._store = store
         self._states = states
         self._read_report = read_report
@@ -93,7 +100,7 @@ class WorkerThreads:
         self._begun = 0
         self._running = len(states)
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stop = stopping or threading.Event()
         self._finished = threading.Event()
         self._error: WorkerError | None = None
 
@@ -146,18 +153,20 @@ class WorkerThreads:
 
     def _work(self, worker: int) -> None:
         """The loop of one worker."""
-        version, report = None, None
+        step, version, report = self._steps[worker], None, None
         try:
             while self._may_begin():
                 version, report = None, None
                 params, version = self._store.pull(worker)
-                gradients, state, report = self._step(params, self._states[worker])
+                gradients, state, report = step(params, self._states[worker])
                 if self._read_report is not None:
                     report = self._read_report(report)
                 with self._store.applying(gradients, version, worker) as update:
                     if self._on_update is not None and self._on_update(update, report):
                         self.stop()
                     self._states[worker] = state
+        except StepAbandoned:
+            self.stop()
         except BaseException as error:
             with self._lock:
                 self._error = self._error or WorkerError(worker, error, version, report)

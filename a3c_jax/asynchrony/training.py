@@ -1,6 +1,7 @@
 """`train`: runs a program in worker threads, shows what happens, and saves it."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,13 +9,15 @@ from a3c_jax.asynchrony.checkpoint_files import Checkpoint
 from a3c_jax.asynchrony.checkpoints import CheckpointFolder
 from a3c_jax.asynchrony.metrics import Report, Row, Sink
 from a3c_jax.asynchrony.program import Program, as_program
+from a3c_jax.asynchrony.ray_cluster import RayOptions
+from a3c_jax.asynchrony.ray_workers import steps_on_ray
 from a3c_jax.asynchrony.reporting import Outlets, Reports
 from a3c_jax.asynchrony.result import TrainResult
 from a3c_jax.asynchrony.run import Run
 from a3c_jax.asynchrony.signals import noted_signals
 from a3c_jax.asynchrony.sinks import CallFunction
 from a3c_jax.asynchrony.thread_pools import warn_if_different
-from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
+from a3c_jax.asynchrony.threads import Step, WorkerError, WorkerThreads
 from a3c_jax.config import A3CConfig
 
 
@@ -47,6 +50,7 @@ def train(
     updates_per_row: int | None = None,
     checkpoints: CheckpointFolder | None = None,
     resume: Checkpoint | None = None,
+    ray: str | RayOptions | None = None,
 ) -> TrainResult:
     """Trains an actor-critic by asynchronous advantage actor-critic (A3C).
 
@@ -77,6 +81,10 @@ def train(
       checkpoints: where to save the run: at its start, whenever it is due, and however it ends.
       resume: a checkpoint to go on from (`a3c_jax.find_checkpoint`). Only the budgets of the
         configuration may differ from the checkpoint's.
+      ray: where to play: None plays in this process. "auto" plays in processes of the Ray cluster at hand, or of
+        one that is started on this machine and ended afterwards, if there is none; "local" always starts one; any
+        other string is a cluster's address. `a3c_jax.RayOptions` says more. The result is the same as that of a run
+        in this process, and `replay` repeats it in one thread.
 
     Returns:
       The final and the best parameters, and how they came about.
@@ -85,6 +93,8 @@ def train(
       ValueError: if the environment is unknown or not supported, if environment, network and
         configuration do not fit together, if the configuration differs from the checkpoint's, or if both
         `params` and `resume` are given.
+      ImportError: if `ray` is given and Ray is not installed.
+      TypeError: if `ray` is given, and an object that was passed in cannot be sent to another process.
       WorkerError: if a worker failed. Its cause is the worker's exception, and its `result` what was
         reached until then.
       SinkError: if a sink failed. Its cause is the sink's exception, and its `result` what was reached until then.
@@ -106,16 +116,13 @@ def train(
         with Outlets(sinks) as outlets:
             program = as_program(config, single_kernel, **objects)
             run = _start(program, params, resume, updates_per_row)
-            with contextlib.closing(run), _keeping(checkpoints, run, resume):
-                threads = WorkerThreads(
-                    program.step,
-                    run.store,
-                    run.states,
-                    read_report=Report,
-                    on_update=run.on_update,
-                    max_updates=run.remaining_updates,
-                    max_running=_max_running(program, run),
-                )
+            stopping = threading.Event()
+            with (
+                contextlib.closing(run),
+                steps_on_ray(program, ray, stopping) as steps,
+                _keeping(checkpoints, run, resume),
+            ):
+                threads = _make_threads(run, steps, stopping)
                 reports = Reports(run, outlets, checkpoints)
                 if resume is None:
                     reports.save()  # so that there is something to go on from, whatever happens next
@@ -187,10 +194,24 @@ def _start(
     return run
 
 
-def _max_running(program: Program, run: Run) -> int | None:
-    """How many workers may play at the same time."""
+def _make_threads(run: Run, steps: list[Step] | None, stopping: threading.Event) -> WorkerThreads:
+    """The threads of a run, with a step for each, or all with the program's."""
+    return WorkerThreads(
+        run.program.step if steps is None else steps,
+        run.store,
+        run.states,
+        read_report=Report,
+        on_update=run.on_update,
+        max_updates=run.remaining_updates,
+        max_running=_max_running(run.program, run, steps is not None),
+        stopping=stopping,
+    )
+
+
+def _max_running(program: Program, run: Run, elsewhere: bool) -> int | None:
+    """How many workers may play at the same time. If they play in other processes, as many as there are."""
     config = program.config
-    if config.max_concurrent_workers is not None:
+    if config.max_concurrent_workers is not None or elsewhere:
         return config.max_concurrent_workers
     params = run.store.pull().params
     return program.max_concurrent_calls(config.num_workers, params, run.states[0])

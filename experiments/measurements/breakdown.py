@@ -1,4 +1,4 @@
-"""Where the time of each worker goes: time stamps around its two compiled calls, and a picture of them."""
+"""Where the time of each worker goes: time stamps around its calls, and a picture of them."""
 
 import collections
 import dataclasses
@@ -14,7 +14,9 @@ import numpy as np
 from a3c_jax import Program
 from experiments.measurements.timing import asynchronous, program
 
-COLOURS = {"step": "tab:blue", "update": "tab:green"}
+COLOURS = {
+    "step": "tab:blue", "update": "tab:green", "environments": "tab:orange", "act": "tab:cyan", "learn": "tab:blue",
+}  # fmt: skip
 """Of a worker's activities in the timeline. What lies between them is white."""
 
 Calls = dict[str, list[tuple[int, int]]]
@@ -23,9 +25,9 @@ Calls = dict[str, list[tuple[int, int]]]
 class Trace:
     """When each worker thread was inside which call, in nanoseconds: `workers[name][call] = [(begin, end), ...]`."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, ...] = ("step", "update")) -> None:
         self.workers: dict[str, Calls] = collections.defaultdict(
-            lambda: {name: [] for name in COLOURS}
+            lambda: {name: [] for name in names}
         )
 
     def stamp(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +36,7 @@ class Trace:
         def stamped(*arguments: Any) -> Any:
             began = time.perf_counter_ns()
             result = function(*arguments)
-            thread = threading.current_thread().name
+            thread = threading.current_thread().name.removesuffix("-environments")
             if thread.startswith("a3c-worker-"):
                 self.workers[thread][name].append((began, time.perf_counter_ns()))
             return result
@@ -52,7 +54,7 @@ class Trace:
 
 
 def shares(calls: Calls) -> dict[str, float]:
-    """What a worker's time from its first call to its last goes into: `step`, `update`, and `between` them."""
+    """What a worker's time from its first call to its last goes into: each of the calls, and `between` them."""
     spans = {name: np.array(times, np.int64).reshape(-1, 2) for name, times in calls.items()}
     every = np.concatenate(list(spans.values()))
     total = float(every.max() - every.min())
@@ -112,28 +114,30 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def draw(path: Path, timelines: dict[Any, dict[str, Calls]], num_steps: int = 4) -> None:
     """Draws a lane for each worker, about `num_steps` steps long, from the middle of each run."""
+    names = list(next(iter(next(iter(timelines.values())).values())))
+    first = "learn" if "learn" in names else "step"
     figure, panels = plt.subplots(
         len(timelines), 1, squeeze=False, layout="constrained",
         figsize=(9, 1 + sum(1.2 + 0.4 * len(lanes) for lanes in timelines.values())),
         height_ratios=[2 + len(lanes) for lanes in timelines.values()],
     )  # fmt: skip
     for axes, ((workers, envs, t_max), lanes) in zip(panels[:, 0], timelines.items(), strict=True):
-        steps = [np.array(calls["step"]) for calls in lanes.values()]
+        steps = [np.array(calls[first]) for calls in lanes.values()]
         length = num_steps * max(float(np.ptp(s)) / len(s) for s in steps)
         begin = float(np.median(np.concatenate([s[:, 0] for s in steps])))
         for lane, calls in enumerate(lanes.values()):
-            for name, colour in COLOURS.items():
+            for name in names:
                 spans = (np.array(calls[name], np.float64).reshape(-1, 2) - begin) / 1e3
                 spans = spans[(spans[:, 1] > 0) & (spans[:, 0] < length / 1e3)]
                 bars = np.stack([spans[:, 0], spans[:, 1] - spans[:, 0]], axis=1)
-                axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colour)
+                axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=COLOURS[name])
         axes.set_xlim(0, length / 1e3)
         axes.set_ylim(len(lanes) - 0.4, -0.6)
         axes.set_yticks(range(len(lanes)), [f"worker {w}" for w in range(len(lanes))])
         axes.set_title(f"{envs} environments × {t_max} steps, {workers} workers", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1, 0].set_xlabel("microseconds")
-    handles: Any = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-    figure.legend(handles, list(COLOURS), loc="outside lower center", ncols=2, frameon=False)
+    handles: Any = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -77,7 +77,7 @@ def asynchronous(program: Program) -> Measure:
             result.environment_steps,
             result.version,
             float(result.schedule.staleness.mean()),
-            *_used_since(usage),
+            *used_since(usage),
         )
 
     steps = 16.0 * program.config.steps_per_update
@@ -105,7 +105,7 @@ def synchronous_loop(config: A3CConfig) -> Measure:
             calls += 1
         elapsed = time.perf_counter() - began
         steps = calls * updates * config.steps_per_update
-        return Measurement(elapsed, steps, calls * updates, 0.0, *_used_since(usage))
+        return Measurement(elapsed, steps, calls * updates, 0.0, *used_since(usage))
 
     return measure
 
@@ -207,7 +207,7 @@ def tidy(axes: Any, axis: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _used_since(usage: resource.struct_rusage) -> tuple[float, int]:
+def used_since(usage: resource.struct_rusage) -> tuple[float, int]:
     """Processor seconds and voluntary context switches of this process since then."""
     now = resource.getrusage(resource.RUSAGE_SELF)
     seconds = now.ru_utime + now.ru_stime - usage.ru_utime - usage.ru_stime

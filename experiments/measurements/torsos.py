@@ -1,4 +1,4 @@
-"""Networks as users write them, with plain Flax: what `experiments.measurements.networks` measures."""
+"""Networks as users write them, with plain Flax: what `networks` and `convolutions`, beside this file, measure."""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +6,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+
+from a3c_jax.networks import ActorCritic
+from a3c_jax.torsos import Trunk, standardize_images
 
 
 class MLP(nn.Module):
@@ -62,6 +66,46 @@ class Fourier(nn.Module):
         return nn.tanh(
             nn.Dense(64)(jax.numpy.concatenate([jax.numpy.sin(phases), jax.numpy.cos(phases)], -1))
         )
+
+
+class MinAtar(nn.Module):
+    """The torso of MinAtar's paper: `a3c_jax.torsos.Conv` with XLA's convolution."""
+
+    hidden_sizes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        batch, image = x.shape[:-3], x.shape[-3:]
+        x = x.reshape(-1, *image).astype(jnp.float32)
+        x = nn.relu(nn.Conv(16, (3, 3), padding="VALID")(x)).reshape(*batch, -1)
+        for size in self.hidden_sizes:
+            x = nn.relu(nn.Dense(size)(x))
+        return x
+
+
+class Atari(nn.Module):
+    """The torso of A3C's paper: `a3c_jax.torsos.Atari` with XLA's convolutions, and without chunks."""
+
+    hidden_sizes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        batch, frames = x.shape[:-3], x.shape[-3:]
+        x = jnp.moveaxis(standardize_images(x.reshape(-1, *frames)), 1, -1)
+        x = nn.relu(nn.Conv(16, (8, 8), (4, 4), padding="VALID")(x))
+        x = nn.relu(nn.Conv(32, (4, 4), (2, 2), padding="VALID")(x))
+        x = x.reshape(*batch, -1)
+        for size in self.hidden_sizes:
+            x = nn.relu(nn.Dense(size)(x))
+        return x
+
+
+class PlainActorCritic(ActorCritic):
+    """The built-in network for images, with XLA's convolutions."""
+
+    def make_trunk(self) -> Trunk:
+        torso = MinAtar if self.torso == "conv" else Atari
+        return Trunk(torso(self.hidden_sizes), self.core, self.core_size, self.forget_bias)
 
 
 def _mlp(*sizes: int, **options: Any) -> Callable[[], nn.Module]:

@@ -1,0 +1,195 @@
+"""How fast A3C is in environments on the host: `python -m experiments.measurements.host_throughput`.
+
+It measures the parts of a worker's segment alone, one after the other in one thread: the environments with given actions, the
+choice of actions, the gradient of a segment, the update. As many workers as there are cores could play so many steps a second if
+none of them ever waited: the *bound*. Then it runs A3C with one worker and with the most, and shows the share of the bound that it
+reaches, what each worker's time goes into, and a picture of that, `timeline.png` in the run folder. All options of
+`experiments.atari` change what is measured, for instance `--preset breakout`, or `--environment gymnasium:LunarLander-v3 --torso mlp`.
+"""
+
+import dataclasses
+import functools
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from a3c_jax.config import A3CConfig, available_cores
+from experiments import atari
+from experiments.command_line import exit_on_bad_input, parse
+from experiments.run_folder import make_run_dir, write_json
+
+PARTS = ("environments", "act", "learn", "update")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What to measure, and for how long."""
+
+    config: Annotated[A3CConfig, tyro.conf.arg(name="")] = atari.PRESETS["pong"]
+    rounds: int = 5
+    """How often the runs with one and with all workers are measured, in turn."""
+    seconds: float = 10.0
+    """About how long each run takes."""
+    run_dir: Path | None = None
+    """Folder for the results, which must not exist yet. By default a new one under runs/."""
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measures, prints, writes; returns the run folder."""
+    with exit_on_bad_input():
+        parsed = parse("measurements.host_throughput", Arguments, __doc__, arguments)
+        from experiments.measurements import breakdown, timing
+
+        timing.check(parsed, [(parsed.config.num_workers, 1, 1)])
+        run_dir = make_run_dir("host-throughput", parsed.run_dir)
+        config = dataclasses.replace(parsed.config, learning_rate_schedule="constant")
+        traced = Traced(config)
+    found: dict[str, Any] = {"surroundings": timing.surroundings(), "config": config.as_dict()}
+    found["parts"] = parts = measure_parts(traced)
+    found["bound"] = bound = available_cores() * 1e6 / sum(parts.values())
+    most = config.num_workers
+    runs = {w: functools.partial(traced.run, w) for w in sorted({1, most})}
+    measured = timing.interleave(runs, parsed.rounds, parsed.seconds)
+    found["runs"] = {w: timing.summarize(measured[w]) for w in runs}
+    traced.run(most, parsed.seconds)
+    lanes = dict(sorted(traced.trace.workers.items()))
+    found["shares"] = {name: breakdown.shares(calls) for name, calls in lanes.items()}
+    breakdown.draw(
+        run_dir / "timeline.png", {(most, config.envs_per_worker, config.t_max): lanes}, 3
+    )
+    write_json(run_dir / "host_throughput.json", found)
+    _print(config, found, bound)
+    print(f"\nrun folder: {run_dir}")
+    return run_dir
+
+
+class Traced:
+    """A program whose calls are stamped with the time: environments, act, learn, update."""
+
+    def __init__(self, config: A3CConfig) -> None:
+        from a3c_jax import _compiled, build, environments
+        from experiments.measurements import breakdown
+
+        self.trace = breakdown.Trace(PARTS)
+        named = environments.make(config.environment, action_bounds=config.action_bounds)
+        if not isinstance(named, environments.HostEnvironment):
+            raise ValueError(
+                f"environment must be on the host, got {config.environment!r}; give gymnasium:... or ale:..., "
+                "or use experiments.measurements.throughput."
+            )
+        self.environment = named
+        self._make = named.make
+        named.make = self._make_player  # type: ignore[method-assign, assignment]
+        names = iter(("act", "learn"))
+
+        def compile(function: Any, *examples: Any, **options: Any) -> Any:
+            compiled = _compiled.compile(function, *examples, **options)
+
+            def call(*arguments: Any) -> Any:
+                return jax.block_until_ready(compiled(*arguments))
+
+            stamped = self.trace.stamp(next(names), call)
+            stamped.in_single_kernel = compiled.in_single_kernel  # type: ignore[attr-defined]
+            return stamped
+
+        program = build(config, environment=named)
+        params, state = program.initial_params(), program.initial_states()[0]
+        step = program.blueprint.worker_step.compile(compile, params, state)
+        update = self.trace.stamp("update", program.updater.update)
+        self.program = dataclasses.replace(
+            program, step=step, updater=program.updater._replace(update=update)
+        )
+
+    def _make_player(self, *arguments: Any) -> Any:
+        player = self._make(*arguments)
+        player.step = self.trace.stamp("environments", player.step)  # type: ignore[method-assign]
+        return player
+
+    def run(self, workers: int, seconds: float) -> Any:
+        """Trains for about so many seconds. The clock runs from the first gradients on, when all environments are made."""
+        from a3c_jax import SinkError, train
+        from experiments.measurements import timing
+
+        program = self.program.replace(num_workers=workers, max_steps=10**9)
+        self.trace.workers.clear()
+        usage, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+
+        def stop(row: Any) -> None:
+            if time.perf_counter() - began > seconds:
+                raise _Enough
+
+        try:
+            train(program, on_progress=stop, interval=0.2)
+        except SinkError as error:
+            result = error.result
+        used = timing.used_since(usage)
+        ends = sorted(end for calls in self.trace.workers.values() for _, end in calls["learn"])
+        return timing.Measurement(
+            (ends[-1] - ends[0]) / 1e9,
+            (len(ends) - 1) * program.config.steps_per_update,
+            len(ends) - 1,
+            float(result.schedule.staleness.mean()) if result else 0.0,
+            used[0] * (ends[-1] - ends[0]) / 1e9 / (time.perf_counter() - began),
+            used[1],
+        )
+
+
+class _Enough(Exception):
+    """The time is over."""
+
+
+def measure_parts(traced: Traced) -> dict[str, float]:
+    """Microseconds that each part takes for one step of one environment, in one thread."""
+    program, config, trace = traced.program, traced.program.config, traced.trace
+    seconds: dict[str, list[float]] = {name: [] for name in PARTS}
+    with _named_as_a_worker():  # because calls are stamped in worker threads only
+        params, state = program.initial_params(), program.initial_states()[0]
+        optimizer_state = program.updater.init(params)
+        for _ in range(12):
+            trace.workers.clear()
+            gradients, state, _ = program.step(params, state)
+            params, optimizer_state = program.updater.update(gradients, optimizer_state, params, 0)
+            (calls,) = trace.workers.values()
+            for name, spans in calls.items():
+                seconds[name].append(sum(end - begin for begin, end in spans) / 1e3)
+        program.release([state])
+    return {name: float(np.median(s[2:])) / config.steps_per_update for name, s in seconds.items()}
+
+
+class _named_as_a_worker:
+    """Gives the calling thread the name of a worker's for a block."""
+
+    def __enter__(self) -> None:
+        import threading
+
+        self._thread = threading.current_thread()
+        self._name, self._thread.name = self._thread.name, "a3c-worker-0"
+
+    def __exit__(self, *_: Any) -> None:
+        self._thread.name = self._name
+
+
+def _print(config: A3CConfig, found: dict[str, Any], bound: float) -> None:
+    print(f"\n{config.environment}, {config.envs_per_worker} environments x {config.t_max} steps")
+    print("microseconds for each step of one environment, each part alone in one thread:")
+    print("  " + ", ".join(f"{name} {value:.0f}" for name, value in found["parts"].items()))
+    print(f"bound: {bound:,.0f} steps/s on {available_cores()} cores")
+    for workers, summary in found["runs"].items():
+        rate = summary["steps_per_second"]
+        print(
+            f"{workers} workers: {rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f}) steps/s, "
+            f"{rate['median'] / bound:.2f} of the bound, {summary['cores_used']:.2f} cores used, "
+            f"staleness {summary['staleness']:.2f}"
+        )
+    for name, shares in found["shares"].items():
+        print(f"  {name}: " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
+
+
+if __name__ == "__main__":
+    main()

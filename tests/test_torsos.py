@@ -1,0 +1,246 @@
+"""The convolutional torsos: the functions of plain Flax networks, whose parameters they can use."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from a3c_jax import A3CConfig, train
+from a3c_jax.networks import ActorCritic
+from a3c_jax.protocol import Transition
+from a3c_jax.torsos import Atari, Conv, Trunk, choose_torso, standardize_images
+
+INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
+
+
+class PlainAtari(nn.Module):
+    """The paper's network with what Flax has, and without what makes it fast."""
+
+    hidden_sizes: tuple[int, ...] = (256,)
+
+    @nn.compact
+    def __call__(self, observation):
+        batch, frames = observation.shape[:-3], observation.shape[-3:]
+        x = jnp.moveaxis(standardize_images(observation.reshape(-1, *frames)), 1, -1)
+        x = nn.relu(nn.Conv(16, (8, 8), (4, 4), padding="VALID", kernel_init=INIT)(x))
+        x = nn.relu(nn.Conv(32, (4, 4), (2, 2), padding="VALID", kernel_init=INIT)(x))
+        x = x.reshape(*batch, -1)
+        for size in self.hidden_sizes:
+            x = nn.relu(nn.Dense(size, kernel_init=INIT)(x))
+        return x
+
+
+class PlainConv(nn.Module):
+    """The network of MinAtar's paper with what Flax has."""
+
+    @nn.compact
+    def __call__(self, observation):
+        batch, image = observation.shape[:-3], observation.shape[-3:]
+        x = observation.reshape(-1, *image).astype(jnp.float32)
+        x = nn.relu(nn.Conv(16, (3, 3), padding="VALID", kernel_init=INIT)(x))
+        return nn.relu(nn.Dense(32, kernel_init=INIT)(x.reshape(*batch, -1)))
+
+
+class PlainActorCritic(ActorCritic):
+    def make_trunk(self):
+        return Trunk(PlainAtari(self.hidden_sizes), self.core, self.core_size, self.forget_bias)
+
+
+def frames(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 256, shape), jnp.uint8)
+
+
+def assert_equal_but_for_rounding(actual, expected):
+    """Each array to a hundred-thousandth of its largest number: sums are added in another order."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(b))))
+
+
+def assert_same(network, plain, observation, compiled=True):
+    """The same initial parameters bit for bit, the same features, the same gradients."""
+    params = plain.init(jax.random.key(3), observation)
+    chex.assert_trees_all_equal(network.init(jax.random.key(3), observation), params)
+    params = jax.tree.map(lambda x: x + 0.01, params)  # so that no bias is zero
+    features = plain.apply(params, observation)
+    weights = jnp.cos(jnp.arange(features.size, dtype=jnp.float32)).reshape(features.shape)
+
+    def gradients(module):
+        def loss(params):
+            features = module.apply(params, observation)
+            return jnp.sum(weights * features), features
+
+        gradient = jax.grad(loss, has_aux=True)
+        return (jax.jit(gradient) if compiled else gradient)(params)
+
+    assert_equal_but_for_rounding(gradients(network), gradients(plain))
+
+
+# Batches of up to 32, and of 37, stay whole; 40 are two chunks, and 48 as well.
+@pytest.mark.parametrize("batch", [(), (3,), (37,), (40,), (3, 16), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("size", [(84, 84), (42, 42), (20, 23)], ids=str)
+def test_the_atari_torso_is_the_plain_network_of_the_paper(batch, size):
+    small = min(size) < 84
+    assert_same(
+        Atari((16,) if small else (256,), nn.relu),
+        PlainAtari((16,) if small else (256,)),
+        frames(*batch, 4, *size),
+    )
+
+
+def test_it_needs_no_compilation():
+    assert_same(Atari((8,), nn.relu), PlainAtari((8,)), frames(2, 4, 24, 24), compiled=False)
+
+
+@pytest.mark.parametrize("channels", [4, 7])
+@pytest.mark.parametrize("batch", [(), (3, 16)], ids=str)
+def test_the_minatar_torso_is_the_plain_network_of_its_paper(batch, channels):
+    observation = frames(*batch, 10, 10, channels) > 200
+    assert_same(Conv((32,), nn.relu), PlainConv(), observation)
+
+
+def test_the_paper_has_these_parameters():
+    params = Atari((256,), nn.relu).init(jax.random.key(0), frames(1, 4, 84, 84))["params"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "Conv_0": {"kernel": (8, 8, 4, 16), "bias": (16,)},
+        "Conv_1": {"kernel": (4, 4, 16, 32), "bias": (32,)},
+        "Dense_0": {"kernel": (9 * 9 * 32, 256), "bias": (256,)},
+    }
+
+
+def test_the_torso_can_be_mapped_over_parameters_and_observations():
+    torso, plain = Atari((8,), nn.relu), PlainAtari((8,))
+    observations = frames(2, 40, 4, 24, 24)
+    keys = jax.random.split(jax.random.key(0))
+    params = jax.vmap(plain.init, (0, None))(keys, observations[0])
+    mapped = jax.vmap(torso.apply)(params, observations)
+    one_by_one = [
+        plain.apply(jax.tree.map(lambda x, n=n: x[n], params), observations[n]) for n in range(2)
+    ]
+    assert_equal_but_for_rounding(mapped, jnp.stack(one_by_one))
+
+
+@pytest.mark.parametrize("core", [None, "lstm"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_actor_critic_unrolls_it_as_the_plain_one(core, shared):
+    options = dict(
+        hidden_sizes=(8,), activation="relu", shared_torso=shared, core=core, core_size=8
+    )
+    network = ActorCritic(3, torso="atari", **options)
+    plain = PlainActorCritic(3, torso="atari", **options)
+    observation = frames(5, 16, 4, 24, 24)
+    starts = jnp.zeros((5, 16), bool).at[2, 3].set(True)
+    carry = network.initialize_carry(16)
+    params = plain.init(jax.random.key(0), observation[0])
+    chex.assert_trees_all_equal(network.init(jax.random.key(0), observation[0]), params)
+
+    def gradients(module):
+        def loss(params):
+            policy, value, _ = module.apply(params, observation, carry, starts, method="unroll")
+            return jnp.sum(policy.logits[..., 0]) + jnp.sum(value**2), (policy.logits, value)
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    actual, expected = gradients(network), gradients(plain)
+    assert_equal_but_for_rounding(actual, expected)
+    _, (logits, value) = actual
+    policy, _ = network.apply(params, observation[0], carry, method="act")
+    assert_equal_but_for_rounding(policy.logits, logits[0])
+    assert_equal_but_for_rounding(
+        network.apply(params, observation[0], carry, method="value"), value[0]
+    )
+
+
+# Standardisation.
+
+
+def test_each_image_gets_mean_zero_and_standard_deviation_one_over_all_its_frames():
+    images = frames(3, 4, 7, 9)
+    x = np.asarray(images, np.float64)
+    mean, scale = (f(x, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.std))
+    np.testing.assert_allclose(standardize_images(images), (x - mean) / scale, rtol=1e-4, atol=1e-5)
+
+
+def test_brightness_and_contrast_do_not_matter():
+    images = frames(2, 4, 8, 8) // 4
+    chex.assert_trees_all_close(
+        standardize_images(3 * images + 50), standardize_images(images), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_an_image_of_one_colour_becomes_zero_and_the_faintest_dot_stays_finite():
+    images = np.full((2, 4, 8, 8), 87, np.uint8)
+    images[1, 0, 0, 0] += 1
+    plain, dot = standardize_images(jnp.asarray(images))
+    chex.assert_trees_all_equal(plain, jnp.zeros((4, 8, 8)))
+    # One of 256 pixels is 1 brighter: the mean is 87 + 1 / 256, and the scale 1 / 16.
+    np.testing.assert_allclose(dot[0, 0, 0], (1 - 1 / 256) * 16, rtol=1e-5)
+    np.testing.assert_allclose(dot[1:], -1 / 16, rtol=1e-4)
+
+
+# Which torso is chosen, and what is refused.
+
+
+@pytest.mark.parametrize(
+    ("shape", "torso"),
+    [
+        ((4, 84, 84), "atari"),
+        ((1, 36, 42), "atari"),
+        ((4, 35, 84), "mlp"),
+        ((4, 84, 35), "mlp"),
+        ((5, 84, 84), "mlp"),
+        ((84, 84, 4), "mlp"),
+        ((10, 10, 4), "conv"),
+        ((10, 10, 36), "conv"),
+        ((84, 84), "mlp"),
+        ((4,), "mlp"),
+        (((4, 84, 84), (2,)), "mlp"),
+        ({"screen": (4, 84, 84)}, "mlp"),
+    ],
+    ids=str,
+)
+def test_auto_takes_the_torso_for_the_shape_of_observations(shape, torso):
+    assert choose_torso(shape) == torso
+
+
+@pytest.mark.parametrize("shape", [(2, 84, 84, 4), (2, 4, 19, 84), (84, 84)], ids=str)
+def test_observations_that_are_no_frames_are_refused(shape):
+    network = ActorCritic(2, torso="atari")
+    with pytest.raises(ValueError, match=r"at least 20x20 .*got shape \(.*; use the torso 'mlp'"):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.zeros(shape))
+    with pytest.raises(ValueError, match=r"torso must be 'mlp', 'conv' or 'atari', got 'vgg'; use"):
+        ActorCritic(2, torso="vgg")
+
+
+# A run.
+
+
+class Screens:
+    """Frames that brighten from left to right, or the other way round. It pays to say which."""
+
+    name, num_actions, continuous, observation_shape = "Screens", 2, False, (4, 36, 36)
+
+    def reset(self, key, num_envs):
+        side = jax.random.bernoulli(key, shape=(num_envs,))
+        ramp = jnp.arange(36, dtype=jnp.uint8)
+        row = jnp.where(side[:, None], ramp, ramp[::-1])
+        return jnp.broadcast_to(row[:, None, None], (num_envs, *self.observation_shape)), side
+
+    def step(self, key, side, action):
+        observation, state = self.reset(key, len(side))
+        reward = jnp.where(action == side, 1.0, -1.0)
+        ended = jnp.ones(len(side), bool)
+        return Transition(observation, state, reward, ended, ~ended, observation)
+
+
+def test_screens_are_learnt_with_the_torso_that_auto_takes():
+    config = A3CConfig(
+        num_workers=1, envs_per_worker=16, t_max=3, hidden_sizes=(16,), activation="relu",
+        shared_torso=True, learning_rate=5e-3, discount=0.0, max_steps=4_000,
+    )  # fmt: skip
+    result = train(config, environment=Screens())
+    assert result.network.torso == "atari"
+    assert "Conv_1" in result.params["params"]["actor_trunk"]["torso"]
+    assert np.mean(result.episodes.episode_return[-200:]) > 0.9
