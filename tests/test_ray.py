@@ -30,7 +30,6 @@ from a3c_jax.asynchrony.step_process import Form, StepProcess, recipe_of
 from experiments.measurements import ray_cost
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.xdist_group("ray")
 
 
 SYNC_CARTPOLE = "gymnasium:CartPole-v1?vectorization_mode='sync'"
@@ -291,6 +290,7 @@ def test_a_process_that_is_killed_leaves_no_trace_in_the_run(cluster, environmen
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("environment", ["CartPole-v1", SYNC_CARTPOLE])
 def test_twenty_processes_that_are_killed_leave_no_trace_in_the_run(cluster, environment):
     built = program(config_of(environment, num_workers=3, max_steps=10**7))
