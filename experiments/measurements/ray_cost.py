@@ -124,7 +124,8 @@ def _steps_per_second(program: Any, seconds: float, ray: Any) -> tuple[float, li
             raise
     first, last = rows[0], rows[-1]
     played = last["environment_steps"] - first["environment_steps"]
-    return played / (last["seconds"] - first["seconds"]), rows[1:]
+    rows = [row for row in rows[1:] if "loss" in row]
+    return played / (last["seconds"] - first["seconds"]), rows
 
 
 if __name__ == "__main__":
