@@ -10,8 +10,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 import a3c_jax
 from a3c_jax.config import A3CConfig
 from experiments.command_line import exit_on_bad_input, parse
@@ -72,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _print_exchanges(arguments: Arguments) -> None:
+    import jax
+
     print("parameters   step ms  exchange ms  exchanges/s: 1 worker  2 workers")
     for name in arguments.sizes:
         config = A3CConfig(num_workers=1, envs_per_worker=1, t_max=5, hidden_sizes=SIZES[name])
