@@ -10,8 +10,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 import a3c_jax
 from a3c_jax.config import A3CConfig
 from experiments.command_line import exit_on_bad_input, parse
@@ -72,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _print_exchanges(arguments: Arguments) -> None:
+    import jax
+
     print("parameters   step ms  exchange ms  exchanges/s: 1 worker  2 workers")
     for name in arguments.sizes:
         config = A3CConfig(num_workers=1, envs_per_worker=1, t_max=5, hidden_sizes=SIZES[name])
@@ -124,7 +124,8 @@ def _steps_per_second(program: Any, seconds: float, ray: Any) -> tuple[float, li
             raise
     first, last = rows[0], rows[-1]
     played = last["environment_steps"] - first["environment_steps"]
-    return played / (last["seconds"] - first["seconds"]), rows[1:]
+    rows = [row for row in rows[1:] if "loss" in row]
+    return played / (last["seconds"] - first["seconds"]), rows
 
 
 if __name__ == "__main__":
