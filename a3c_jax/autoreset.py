@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+_CLOSE_SECONDS = 5.0
+"""How long environments in processes may take for the step that they are in when they are closed."""
+
 _SEEDED_SINGLY = ("SyncVectorEnv", "AsyncVectorEnv", "AtariVectorEnv")
 
 
@@ -69,7 +72,7 @@ class VectorPlayer:
         close: Callable[[], Any] | None = None,
     ) -> None:
         self._environment = environment
-        self._close = environment.close if close is None else close
+        self._close = self._close_all if close is None else close
         self._entropy = tuple(int(word) for word in entropy)
         self._num_envs = int(environment.num_envs)
         innermost = getattr(environment, "unwrapped", environment)
@@ -180,6 +183,16 @@ class VectorPlayer:
     def close(self) -> None:
         """Closes the environments."""
         self._close()
+
+    def _close_all(self) -> None:
+        """Closes the environments. If one of their processes has died, the others are ended all the same."""
+        innermost = getattr(self._environment, "unwrapped", self._environment)
+        processes = getattr(innermost, "processes", ())
+        try:
+            self._environment.close(**{"timeout": _CLOSE_SECONDS} if processes else {})
+        finally:
+            for process in processes:
+                process.terminate()
 
     def _reset(self, mask: np.ndarray) -> Any:
         """Begins the next episode of some environments. Returns the observations of all."""

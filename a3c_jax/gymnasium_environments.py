@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from a3c_jax.host_environment import HostEnvironment
-from a3c_jax.names import parse_name
+from a3c_jax.names import import_named, parse_name
 
 _OWN_OPTIONS = ("life_loss", "step_seconds")
+_ALE_SIZES = {"img_height", "img_width", "stack_num", "frameskip", "max_num_frames_per_episode"}
 _ALE_OPTIONS: dict[str, Any] = {
     "reward_clipping": False,
     "num_threads": 1,
@@ -41,7 +42,9 @@ def make_host_environment(name: str, action_bounds: str = "clip", **params: Any)
     params = named | params
     own = {key: params.pop(key) for key in _OWN_OPTIONS if key in params}
     make = _ale_maker(name, base, params) if library == "ale" else None
-    make = make or _gymnasium_maker(name, f"{module}:{base}" if module else base, params)
+    if module:
+        import_named("environment", name, module)
+    make = make or _gymnasium_maker(name, base, params)
     return HostEnvironment(name, make, action_bounds=action_bounds, **own)
 
 
@@ -66,9 +69,12 @@ def _gymnasium_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[
                 f"environment {name!r} needs a library that is not installed ({error}); run pip install "
                 "-e '.[gymnasium]', or install that library."
             ) from error
-        except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
+        except (gymnasium.error.Error, ModuleNotFoundError, TypeError, ValueError) as error:
+            known = gymnasium.registry
+            near = [] if base in known else difflib.get_close_matches(base, known, cutoff=0.6)
             raise ValueError(
-                f"environment {name!r} cannot be made by gymnasium.make_vec: {error}"
+                f"environment {name!r} cannot be made by gymnasium.make_vec: {_in_one_line(error)}"
+                + (f"; did you mean {' or '.join(f'gymnasium:{n}' for n in near)}?" if near else "")
             ) from error
 
     return make_or_explain
@@ -101,8 +107,27 @@ def _ale_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], 
             f"environment {name!r} takes size, life_loss, step_seconds, {', '.join(sorted(accepted))}, got "
             f"{', '.join(unknown)}; leave it out."
         )
+    for key in _ALE_SIZES & {*options}:
+        if not isinstance(options[key], int) or options[key] < 1:  # the emulator may crash
+            raise ValueError(
+                f"{key} of environment {name!r} must be an integer of at least 1, got {options[key]!r}; leave it out."
+            )
     game, arguments = known[_plain(base)], _ALE_OPTIONS | options
-    return lambda num_envs: AtariVectorEnv(game, num_envs, **arguments)
+
+    def make(num_envs: int) -> Any:
+        try:
+            return AtariVectorEnv(game, num_envs, **arguments)
+        except Exception as error:
+            raise ValueError(
+                f"environment {name!r} cannot be made by ale-py: {_in_one_line(error)}"
+            ) from error
+
+    return make
+
+
+def _in_one_line(error: Exception) -> str:
+    """What an error says first."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _plain(game: str) -> str:

@@ -144,9 +144,9 @@ class HostEnvironment:
         Raises:
           ValueError: if the environment was given as an object that is in use, or if it has another number of copies.
         """
+        close = None
         if self._object is None:
             made = self._make(num_envs)
-            close = getattr(made, "close", None)
         elif self._lent.acquire(blocking=False):
             made, close = self._object, self._lent.release
         else:
@@ -154,7 +154,7 @@ class HostEnvironment:
                 f"environment {self.name!r} was given as one object, which is in use; give a function that makes one."
             )
         with contextlib.ExitStack() as if_it_does_not_fit:
-            if_it_does_not_fit.callback(_close_quietly, close)
+            if_it_does_not_fit.callback(_close_quietly, close or getattr(made, "close", None))
             _check_parts(self.name, made)
             if made.num_envs != num_envs:
                 raise ValueError(
