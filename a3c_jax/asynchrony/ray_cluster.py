@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import signal
 import threading
 import warnings
@@ -87,7 +88,7 @@ def _connect(options: RayOptions, num_processes: int) -> None:
                 ray.init(address=options.address, logging_level=logging.WARNING)
                 return
             except ConnectionError:
-                if options.address != "auto":
+                if options.address != "auto" or os.environ.get("RAY_ADDRESS"):
                     raise
         cpus = math.ceil(num_processes * options.cpus_per_process)
         ray.init(

@@ -94,6 +94,7 @@ def train(
         configuration do not fit together, if the configuration differs from the checkpoint's, or if both
         `params` and `resume` are given.
       ImportError: if `ray` is given and Ray is not installed.
+      ConnectionError: if `ray` names a cluster that cannot be reached.
       TypeError: if `ray` is given, and an object that was passed in cannot be sent to another process.
       WorkerError: if a worker failed. Its cause is the worker's exception, and its `result` what was
         reached until then.
