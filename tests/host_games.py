@@ -188,6 +188,11 @@ class Factory:
             self.open -= 1
 
 
+def environment_threads():
+    """The living threads in which environments are stepped."""
+    return [t for t in threading.enumerate() if t.name.endswith("-environments")]
+
+
 def stairs(kind="sync", mode="Disabled", **options):
     """A factory of vectors of `Stairs`."""
     make = functools.partial(Stairs, **options)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from faults import usual_ctrl_c
-from host_games import Factory, Stairs, Vector, make_vector
+from host_games import Factory, Stairs, Vector, environment_threads, make_vector
 from small_runs import (
     StopAt,
     assert_equal_runs,
@@ -77,7 +77,8 @@ IMPATIENT = HostEnvironment("Stairs", GAME, step_seconds=0.3)
 
 
 def live_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("a3c-")]
+    workers = [t for t in threading.enumerate() if t.name.startswith("a3c-worker")]
+    return [*workers, *(t for t in environment_threads() if t not in workers)]
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +213,8 @@ def test_a_worker_whose_environment_hangs_is_given_up(method, call):
         assert "for 0.3 s; if it may take so long, make it with a larger step_seconds" in str(
             caught.value
         )
-        assert [t.name for t in live_threads()] == ["a3c-environments"] and GAME.open == 1
+        assert live_threads() == environment_threads() and len(live_threads()) == 1
+        assert GAME.open == 1
     finally:
         hang.may.set()
     # If it returns after all, it is closed, and its thread ends; see the fixture.

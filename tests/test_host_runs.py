@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
-from host_games import Factory, Stairs, make_vector, stairs
+from host_games import Factory, Stairs, environment_threads, make_vector, stairs
 from small_runs import (
     assert_equal_runs,
     assert_exact_counters,
@@ -49,7 +49,7 @@ PUT_BACK, OTHERS = ["Disabled", "NextStep"], ["SameStep", "marked", "cartpole"]
 def everything_is_closed():
     yield
     assert [game.open for game in GAMES.values()] == [0] * len(GAMES)
-    assert not [t for t in threading.enumerate() if t.name == "a3c-environments"]
+    assert not environment_threads()
 
 
 @pytest.mark.parametrize("name", GAMES)

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import threading
 import warnings
 
 import chex
@@ -12,7 +11,16 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
-from host_games import MODES, Factory, Stairs, Vector, Worker, make_vector, stairs
+from host_games import (
+    MODES,
+    Factory,
+    Stairs,
+    Vector,
+    Worker,
+    environment_threads,
+    make_vector,
+    stairs,
+)
 
 import a3c_jax
 from a3c_jax import A3CConfig, fixed_delay
@@ -401,7 +409,7 @@ def test_nobody_has_to_close_what_nobody_holds():
     factory = stairs()
     worker = Worker(A3CConfig(**SMALL), factory)
     state = worker.step(worker.params, worker.state)[1]
-    (thread,) = [t for t in threading.enumerate() if t.name.endswith("-environments")]
+    (thread,) = environment_threads()
     del state, worker.state
     gc.collect()
     thread.join(10)
