@@ -1,6 +1,7 @@
 """Gymnasium's and Atari's environments by name: `gymnasium:LunarLander-v3`, `ale:Pong`."""
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -42,42 +43,43 @@ def make_host_environment(name: str, action_bounds: str = "clip", **params: Any)
     params = named | params
     own = {key: params.pop(key) for key in _OWN_OPTIONS if key in params}
     make = _ale_maker(name, base, params) if library == "ale" else None
-    if module:
-        import_named("environment", name, module)
-    make = make or _gymnasium_maker(name, base, params)
+    make = make or functools.partial(_make_gymnasium, name, module, base, params)
     return HostEnvironment(name, make, action_bounds=action_bounds, **own)
 
 
-def _gymnasium_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], Any]:
+def _make_gymnasium(
+    name: str, module: str, base: str, params: dict[str, Any], num_envs: int
+) -> Any:
+    import gymnasium
+
+    if module:  # each time, because it may be another process
+        import_named("environment", name, module)
+    try:
+        return _make_vector(base, params, num_envs)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ValueError(
+            f"environment {name!r} needs a library that is not installed ({error}); run pip install "
+            "-e '.[gymnasium]', or install that library."
+        ) from error
+    except (gymnasium.error.Error, ModuleNotFoundError, TypeError, ValueError) as error:
+        known = gymnasium.registry
+        near = [] if base in known else difflib.get_close_matches(base, known, cutoff=0.6)
+        raise ValueError(
+            f"environment {name!r} cannot be made by gymnasium.make_vec: {_in_one_line(error)}"
+            + (f"; did you mean {' or '.join(f'gymnasium:{n}' for n in near)}?" if near else "")
+        ) from error
+
+
+def _make_vector(base: str, params: dict[str, Any], num_envs: int) -> Any:
     import gymnasium
     from gymnasium.vector import AutoresetMode
 
-    def make(num_envs: int) -> Any:
-        spec = gymnasium.spec(base)
-        options = dict(params)
-        mode = options.get("vectorization_mode")
-        if mode == "vector_entry_point" or (mode is None and spec.vector_entry_point):
-            return gymnasium.make_vec(base, num_envs, **options)
-        kwargs = {"autoreset_mode": AutoresetMode.DISABLED} | options.pop("vector_kwargs", {})
-        return gymnasium.make_vec(base, num_envs, vector_kwargs=kwargs, **options)
-
-    def make_or_explain(num_envs: int) -> Any:
-        try:
-            return make(num_envs)
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise ValueError(
-                f"environment {name!r} needs a library that is not installed ({error}); run pip install "
-                "-e '.[gymnasium]', or install that library."
-            ) from error
-        except (gymnasium.error.Error, ModuleNotFoundError, TypeError, ValueError) as error:
-            known = gymnasium.registry
-            near = [] if base in known else difflib.get_close_matches(base, known, cutoff=0.6)
-            raise ValueError(
-                f"environment {name!r} cannot be made by gymnasium.make_vec: {_in_one_line(error)}"
-                + (f"; did you mean {' or '.join(f'gymnasium:{n}' for n in near)}?" if near else "")
-            ) from error
-
-    return make_or_explain
+    spec, options = gymnasium.spec(base), dict(params)
+    mode = options.get("vectorization_mode")
+    if mode == "vector_entry_point" or (mode is None and spec.vector_entry_point):
+        return gymnasium.make_vec(base, num_envs, **options)
+    kwargs = {"autoreset_mode": AutoresetMode.DISABLED} | options.pop("vector_kwargs", {})
+    return gymnasium.make_vec(base, num_envs, vector_kwargs=kwargs, **options)
 
 
 def _ale_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], Any]:
@@ -114,15 +116,18 @@ def _ale_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], 
             )
     game, arguments = known[_plain(base)], _ALE_OPTIONS | options
 
-    def make(num_envs: int) -> Any:
-        try:
-            return AtariVectorEnv(game, num_envs, **arguments)
-        except Exception as error:
-            raise ValueError(
-                f"environment {name!r} cannot be made by ale-py: {_in_one_line(error)}"
-            ) from error
+    return functools.partial(_make_atari, name, game, arguments)
 
-    return make
+
+def _make_atari(name: str, game: str, arguments: dict[str, Any], num_envs: int) -> Any:
+    from ale_py.vector_env import AtariVectorEnv
+
+    try:
+        return AtariVectorEnv(game, num_envs, **arguments)
+    except Exception as error:
+        raise ValueError(
+            f"environment {name!r} cannot be made by ale-py: {_in_one_line(error)}"
+        ) from error
 
 
 def _in_one_line(error: Exception) -> str:

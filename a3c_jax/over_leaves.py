@@ -33,13 +33,15 @@ class OverLeaves:
             return (*kept, *results)
 
         self._compiled = compile(over_leaves, params, *leaves, **options)
-        self._num_kept, self._structure = shapes
+        self._shapes = (
+            shapes  # known once it was traced, or called for the first time if it is debugged
+        )
         self.in_single_kernel = self._compiled.in_single_kernel
 
     def __call__(self, params: Any, *trees: Any) -> tuple[tuple[Any, ...], Any]:
         results = self._compiled(params, *jax.tree.leaves(trees))
-        kept, leaves = results[: self._num_kept], results[self._num_kept :]
-        return kept, jax.tree.unflatten(self._structure, leaves)
+        num_kept, structure = self._shapes
+        return results[:num_kept], jax.tree.unflatten(structure, results[num_kept:])
 
 
 def keep_nothing(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from host_games import stairs
 from small_runs import Walk, assert_equal_runs, small
 
 from a3c_jax import (
@@ -107,3 +108,14 @@ def test_afterwards_everything_is_compiled_as_before():
     count = len(traced)
     step(jnp.ones(2))
     assert len(traced) == count > 0
+
+
+@pytest.mark.slow
+def test_environments_on_the_host_work_without_compilation_and_with_a_look_at_every_number():
+    game, config = stairs(), small(max_steps=16)
+    with jax.disable_jit():
+        result = train(config, environment=game)
+        assert_equal_runs(replay(config, result.schedule, environment=game), result)
+    with jax.debug_nans(True):
+        assert train(config, environment=game).version == 2
+    assert game.open == 0

@@ -1,6 +1,7 @@
 """Whole runs in environments on the host: replay, resume, evaluation, many runs of one program."""
 
 import functools
+import pickle
 import re
 import threading
 import warnings
@@ -157,6 +158,18 @@ def test_checkpoints_can_be_loaded_and_evaluated(tmp_path, named):
     if not named:
         with pytest.raises(ValueError, match="environment"):
             a3c_jax.load(tmp_path)
+
+
+def test_a_result_and_its_environment_can_be_pickled():
+    name = "gymnasium:CartPole-v1?max_episode_steps=30"
+    result = train(small(max_steps=80, environment=name), None)
+    again = pickle.loads(pickle.dumps(result))
+    assert words(again.params) == words(result.params)
+    a, b = (
+        evaluate(greedy_policy(r.network), r.params, r.environment, r.evaluation_key, 3)
+        for r in (result, again)
+    )
+    np.testing.assert_array_equal(a.returns, b.returns)
 
 
 # Evaluation
