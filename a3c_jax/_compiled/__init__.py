@@ -6,9 +6,9 @@ subpackage. The reasons for the tricks and their ratios are below; docs/machine-
 and the commands that measure them again.
 
 **Switching everything off.** With the environment variable `A3C_JAX_PLAIN=1`, or if JAX's backend is not a CPU,
-`compile` is `jax.jit` on trees and nothing else, convolutions are XLA's, and the process is left alone. Every test of the package passes
-then, but for the tests of this subpackage, which are skipped. Under `jax.disable_jit()` and `jax_debug_nans` it is off
-as well, and what `compile` returns keeps these settings in the threads that call it.
+`compile` is `jax.jit` on trees and nothing else, convolutions are XLA's, and the process is left alone. Every test of
+the package passes then, but for the tests of this subpackage, which are skipped. Under `jax.disable_jit()` and
+`jax_debug_nans` it is off as well, and what `compile` returns keeps these settings in the threads that call it.
 
 **Packing** (`packing.py`; always on). Passing an array between Python and a compiled call costs microseconds,
 however small the array is, and a worker's state has a dozen. So a tree of several arrays passes as one vector, which
