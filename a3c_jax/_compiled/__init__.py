@@ -6,9 +6,9 @@ subpackage. The reasons for the tricks and their ratios are below; docs/machine-
 and the commands that measure them again.
 
 **Switching everything off.** With the environment variable `A3C_JAX_PLAIN=1`, or if JAX's backend is not a CPU,
-`compile` is `jax.jit` on trees and nothing else, and the process is left alone. Every test of the package passes
-then, but for the tests of this subpackage, which are skipped. Under `jax.disable_jit()` and `jax_debug_nans` it is off
-as well, and what `compile` returns keeps these settings in the threads that call it.
+`compile` is `jax.jit` on trees and nothing else, convolutions are XLA's, and the process is left alone. Every test of
+the package passes then, but for the tests of this subpackage, which are skipped. Under `jax.disable_jit()` and
+`jax_debug_nans` it is off as well, and what `compile` returns keeps these settings in the threads that call it.
 
 **Packing** (`packing.py`; always on). Passing an array between Python and a compiled call costs microseconds,
 however small the array is, and a worker's state has a dozen. So a tree of several arrays passes as one vector, which
@@ -23,7 +23,7 @@ passing them. As a single kernel, the whole program is one function, which the c
 The default's segment takes 0.4 to 0.6 of the time then, with one thread as with two. It uses an experimental mark of
 XLA's. Some operations cannot be part of a kernel, and some make XLA end the process. So only programs whose operations
 are all on a list of tested ones are tried, and XLA is kept from noticing that an input does not matter, which it cannot
-bear either. Every other program is compiled as `jax.jit` does.
+bear either. Every other program is compiled as `jax.jit` does, but unsplit (see below).
 
 **Matrix products** (`products.py`; in single kernels). XLA's own matrix products cannot be part of a kernel, and the
 loops that it writes instead leave the processor's vector units idle. So the traced program is rewritten, after JAX
@@ -39,20 +39,20 @@ in the last bits of floats, so a run that has to give the same bits in another p
 
 **Unsplit programs** (`single_kernel.py`; for every program that is not a single kernel). XLA splits loops over long
 arrays into a part for each core, and passes the parts to its pool of threads. With a worker on each core they wait for
-each other. Without the splitting, MinAtar's worker step takes 0.5 to 0.9 of the processor time, and the update of the
-paper's Atari network, which has 700,000 parameters, 0.4. The results are the same bit for bit.
+each other. Without the splitting, the worker steps of networks for images take 0.4 to 1 of the processor time. The
+results are the same bit for bit.
 
 **Convolutions** (`convolution.py`; `convolve`, if the kernel's sides are multiples of the stride). The built-in networks
-for images call it in place of Flax's layer. It computes a convolution as one matrix product. XLA's own convolution is
-about as fast, but its gradient is not if it is in a loop, as in a simulation: there a worker step of MinAtar takes 0.2
-of the time, and one of the paper's Atari network less than 0.1. In the worker step alone it is 0.9 for both.
+for images call it in place of Flax's layer. It computes a convolution as one matrix product. XLA's own convolutions are
+about as fast, but not their gradient in a loop, as in a simulation: there a worker step of MinAtar takes 0.2 to 0.3
+of the time that it takes with them, and one of the paper's Atari network less than 0.1. Elsewhere it takes 0.7 to 1.
 
 **Chunks** (`convolution.py`; `in_chunks`, for more than 32 images of which equal parts of 16 to 32 can be made). The
 arrays that the gradient needs for many images fill the processor's caches many times over. And if a program needs more
 than 32 MB, the C library gives the memory back after each call, and the next one has to get it page by page from the
 operating system. So the Atari network looks at one chunk of the images after the other. For the gradient it keeps the
-results of the convolutions, and computes again what lies between them. A segment of 16 environments and 20 steps
-takes 0.65 of the time.
+results of the convolutions, and computes again what lies between them. The gradient of 16 environments and 20 steps
+takes 0.55 of the time.
 
 **Calls in the calling thread** (`process.py`; on unless `A3C_JAX_ASYNC_DISPATCH=1`). JAX hands each call on a CPU to
 another thread by default. A worker has nothing to do but wait for it, so calls are made to run in the thread that
