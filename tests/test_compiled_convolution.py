@@ -126,6 +126,28 @@ def test_the_gradient_has_three_products_and_none_is_transposed():
     assert all(atom.aval.ndim == 2 for e in products for atom in e.invars)
 
 
+@pytest.mark.parametrize(
+    ("name", "product"),
+    [
+        (
+            "the paper's first",
+            ((2 * 21 * 21, 64), (64, 4 * 16)),
+        ),  # a column for each block and output
+        ("the paper's second", ((2 * 10 * 10, 64), (64, 4 * 32))),
+        ("MinAtar's", ((2 * 8 * 8, 9 * 4), (9 * 4, 16))),  # a row for each place of the kernel
+    ],
+)
+def test_blocks_are_gathered_before_or_after_the_product_whichever_is_less(name, product):
+    image, kernel, stride = CASES[name]
+    program = jax.make_jaxpr(lambda x, k: _compiled.convolve(x, k, stride))
+    (found,) = [
+        tuple(atom.aval.shape for atom in e.invars)
+        for e in program(jnp.zeros(image), jnp.zeros(kernel)).jaxpr.eqns
+        if e.primitive.name == "dot_general"
+    ]
+    assert found == product
+
+
 # Chunks.
 
 
