@@ -166,21 +166,34 @@ def test_environments_in_processes_are_played_again_and_closed(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_process_that_dies_ends_the_run():
+@pytest.mark.parametrize("when", ["in a step", "before it is closed"])
+def test_a_process_that_dies_takes_the_others_along(when):
     class Dies(AsyncVectorEnv):
         def step(self, actions):
-            if next(calls) == 30:
-                self.processes[1].kill()
+            if next(calls) == 30 and when == "in a step":
+                self.kill_one()
             return super().step(actions)
+
+        def close(self, **options):
+            if when != "in a step":
+                self.kill_one()
+            super().close(**options)
+
+        def kill_one(self):
+            self.processes[0].kill()
+            self.processes[0].join(20)
 
     def make_one(num_envs):
         return Dies([Stairs] * num_envs, context="spawn", autoreset_mode="Disabled")
 
     calls = iter(range(10**9))
-    environment = HostEnvironment("Stairs", make_one)
-    with pytest.raises(a3c_jax.WorkerError) as caught:
-        a3c_jax.train(program(small(num_workers=2, max_steps=80_000), environment))
-    assert caught.value.__cause__ is not None
+    built = program(small(max_steps=320), HostEnvironment("Stairs", make_one))
+    if when == "in a step":
+        with pytest.raises(a3c_jax.WorkerError) as caught:
+            a3c_jax.train(built)
+        assert caught.value.__cause__ is not None
+    else:
+        assert a3c_jax.train(built).version == 40
     assert_no_children()
 
 
