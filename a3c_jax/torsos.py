@@ -173,7 +173,7 @@ def standardize_images(images: Array) -> Array:
       images: `[B, ...]` of any dtype.
 
     Returns:
-      `[B, ...]` float32. An image of one colour becomes zero. The standard deviation is taken as at least that of an
+      `[B, ...]` float32. An image of one colour becomes zero. The standard deviation is taken as at least about that of an
       image of whole numbers whose pixels are all alike but one, which differs by 1.
     """
     x = images.astype(jnp.float32)
