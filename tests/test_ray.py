@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import gymnasium
 import jax
 import numpy as np
 import pytest
@@ -235,6 +236,39 @@ def test_a_process_takes_the_steps_that_the_program_takes():
         assert seconds > 0
         sent = None  # it has the newest
     process.close()
+
+
+CLOSED = []
+"""The numbers of environments in the vectors that `make_noting` made and that were closed."""
+
+
+def make_noting(num_envs):
+    vector = gymnasium.make_vec(
+        "CartPole-v1", num_envs, "sync", vector_kwargs={"autoreset_mode": "Disabled"}
+    )
+    close = vector.close
+
+    def note_and_close():
+        CLOSED.append(num_envs)
+        close()
+
+    vector.close = note_and_close
+    return vector
+
+
+def test_a_process_closes_the_environments_that_it_leaves():
+    built = program(config_of(envs_per_worker=3), make_noting)
+    params, state = built.initial_params(), built.initial_states()[0]
+    process = StepProcess({})
+    process.build(recipe_of(built))
+    forms = process._forms
+    params, sent = forms.params.bare(params), forms.state.bare(state)
+    process.step(0, params, sent)
+    before = CLOSED.count(3)
+    process.step(0, params, sent)  # from the first state again, in environments made anew
+    assert CLOSED.count(3) == before + 1
+    process.close()
+    assert CLOSED.count(3) == before + 2
 
 
 # What dies

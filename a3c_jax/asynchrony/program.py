@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -105,10 +105,8 @@ class Program:
         return self.init(seed, self.start(seed, np.int32(0)).observation)
 
     def release(self, states: list[Any]) -> None:
-        """Closes what workers' states hold besides arrays: the environments of each, if they are on the host."""
-        if isinstance(self.environment, HostEnvironment):
-            for state in states:
-                state.environment.live.close()
+        """Closes what workers' states hold besides arrays; see the function of that name."""
+        release(self.environment, states)
 
     def evaluation_key(self) -> jax.Array:
         """A random key for evaluation, which no worker uses."""
@@ -198,6 +196,13 @@ def rehearse(step: Any, params: Any, state: Any) -> tuple[Any, Any, Any]:
     """Gradients, state and report like those to come. If environments are on the host, none is made."""
     results: tuple[Any, Any, Any] = getattr(step, "rehearse", step)(params, state)
     return results
+
+
+def release(environment: Environment, states: Iterable[Any]) -> None:
+    """Closes what workers' states hold besides arrays: the environments of each, if they are on the host."""
+    if isinstance(environment, HostEnvironment):
+        for state in states:
+            state.environment.live.close()
 
 
 def compile_updater(updater: Updater, params: Any, gradients: Any) -> Updater:

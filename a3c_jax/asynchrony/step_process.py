@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3c_jax import _compiled
-from a3c_jax.asynchrony.program import Program, compile_step, rehearse
+from a3c_jax.asynchrony.program import Program, compile_step, rehearse, release
 from a3c_jax.asynchrony.thread_pools import start_with
 
 
@@ -106,6 +106,7 @@ class StepProcess:
         blueprint, seed = describe(config), np.uint32(config.seed)
         state = _compiled.compile_for_few_calls(blueprint.start)(seed, np.int32(0))
         params = _compiled.compile_for_few_calls(blueprint.init)(seed, state.observation)
+        self._environment = blueprint.environment
         self._step = compile_step(blueprint.worker_step, params, state, single_kernel)
         self._forms = Forms.of(self._step, params, state)
 
@@ -121,7 +122,7 @@ class StepProcess:
           Gradients, state and report, bare, and the seconds that the step took.
         """
         if state is not None:
-            self._release(worker)
+            self._release([worker])
             self._states[worker] = self._forms.state.dressed(state)
         dressed = self._forms.params.dressed(params)
         began = time.perf_counter()
@@ -134,10 +135,8 @@ class StepProcess:
 
     def close(self) -> None:
         """Closes the environments."""
-        for worker in list(self._states):
-            self._release(worker)
+        self._release(list(self._states))
 
-    def _release(self, worker: int) -> None:
-        state = self._states.pop(worker, None)
-        if state is not None and hasattr(self._step, "release"):
-            self._step.release(state)
+    def _release(self, workers: Sequence[int]) -> None:
+        states = [self._states.pop(worker) for worker in workers if worker in self._states]
+        release(self._environment, states)
