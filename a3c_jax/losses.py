@@ -281,15 +281,15 @@ def a3c_loss(
     discount_t = discount * (1.0 - trajectory.terminated_t.astype(r_t.dtype))
     lambda_t = lambda_ * (1.0 - trajectory.truncated_t.astype(r_t.dtype))
     r_t, v_tm1 = _as_floats(r_t=r_t, v_tm1=v_tm1)
-    r_t = _where_valid(valid_tm1, r_t, jax.lax.stop_gradient(v_tm1))  # this return teaches nothing
-    discount_t = _where_valid(valid_tm1, discount_t, 0.0)
+    r_t = where_valid(valid_tm1, r_t, jax.lax.stop_gradient(v_tm1))  # this return teaches nothing
+    discount_t = where_valid(valid_tm1, discount_t, 0.0)
     return_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
     advantage_tm1 = return_tm1 - v_tm1
     log_prob_tm1 = distribution_tm1.log_prob(trajectory.action_tm1)
-    actor = _over_valid(valid_tm1, actor_loss(log_prob_tm1, advantage_tm1))
-    critic = _over_valid(valid_tm1, critic_loss(v_tm1, return_tm1))
-    entropy_tm1 = _where_valid(valid_tm1, distribution_tm1.entropy(), 0.0)
-    entropy = _over_valid(valid_tm1, entropy_loss(entropy_tm1))
+    actor = over_valid(valid_tm1, actor_loss(log_prob_tm1, advantage_tm1))
+    critic = over_valid(valid_tm1, critic_loss(v_tm1, return_tm1))
+    entropy_tm1 = where_valid(valid_tm1, distribution_tm1.entropy(), 0.0)
+    entropy = over_valid(valid_tm1, entropy_loss(entropy_tm1))
     loss = actor + critic_cost * critic + entropy_cost * entropy
     v_tm1, return_tm1 = _even_out(valid_tm1, v_tm1, return_tm1)
     return loss, {
@@ -298,17 +298,17 @@ def a3c_loss(
         "critic_loss": critic,
         "entropy_loss": entropy,
         "entropy": -entropy,
-        "mean_advantage": _over_valid(valid_tm1, jnp.mean(advantage_tm1)),
+        "mean_advantage": over_valid(valid_tm1, jnp.mean(advantage_tm1)),
         "explained_variance": explained_variance(v_tm1, return_tm1),
     }
 
 
-def _where_valid(valid: Any, x: Array, otherwise: Any) -> Array:
-    """`x` where steps are valid; everywhere if all are, so that `valid` is `()`."""
+def where_valid(valid: Any, x: Array, otherwise: Any) -> Array:
+    """`x` where steps are valid, a trajectory's `valid_tm1`; everywhere if that is `()`, because all are."""
     return x if isinstance(valid, tuple) else jnp.where(valid, x, otherwise)
 
 
-def _over_valid(valid: Any, mean: Array) -> Array:
+def over_valid(valid: Any, mean: Array) -> Array:
     """The mean over valid steps, from one over all steps to which the others add zero."""
     return mean if isinstance(valid, tuple) else mean / jnp.maximum(jnp.mean(valid), 1e-8)
 
@@ -317,4 +317,4 @@ def _even_out(valid: Any, *arrays: Array) -> tuple[Array, ...]:
     """Arrays whose invalid steps have the mean of the valid ones, so that they change no ratio of variances."""
     if isinstance(valid, tuple):
         return arrays
-    return tuple(jnp.where(valid, x, _over_valid(valid, jnp.mean(x * valid))) for x in arrays)
+    return tuple(jnp.where(valid, x, over_valid(valid, jnp.mean(x * valid))) for x in arrays)

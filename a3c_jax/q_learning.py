@@ -2,7 +2,9 @@
 
 They learn the value of every action instead of a policy and a state value. A worker takes the action of the highest
 value, but with a probability epsilon any action. Targets are bootstrapped from a target network: a copy of the
-parameters that is renewed only now and then. Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithms 1, S1 and S2.
+parameters that is renewed only now and then.
+
+Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithms 1, S1 and S2.
 """
 
 import functools
@@ -16,6 +18,7 @@ import numpy as np
 from a3c_jax.action_values import ActionValues, EpsilonGreedy
 from a3c_jax.algorithm import SHARED, Algorithm, describe_network
 from a3c_jax.config import LOSS_FIELDS, A3CConfig, default_of
+from a3c_jax.losses import over_valid, where_valid
 from a3c_jax.networks import NetworkFunctions, network_functions
 from a3c_jax.normalization import STATISTICS
 from a3c_jax.protocol import Environment
@@ -24,7 +27,8 @@ from a3c_jax.value_losses import n_step_q_loss, q_learning_loss, sarsa_loss
 
 Array = jax.Array
 
-FINAL_EPSILONS, EPSILON_PROBABILITIES = (0.1, 0.01, 0.5), (0.4, 0.3, 0.3)
+FINAL_EPSILONS = (0.1, 0.01, 0.5)
+EPSILON_PROBABILITIES = (0.4, 0.3, 0.3)
 
 
 class Exploration(NamedTuple):
@@ -206,14 +210,19 @@ def value_method(
     ) -> tuple[Array, dict[str, Array]]:
         values = _values(functions, params, trajectory, epsilon(params, own))
         discount_t = config.discount * (1.0 - trajectory.terminated_t)
-        trajectory, discount_t, share = _leave_out_invalid(trajectory, discount_t, values.q_tm1)
-        value_loss = loss(values, trajectory, discount_t) / share
-        best = jnp.max(values.q_tm1, axis=-1)
-        if not isinstance(trajectory.valid_tm1, tuple):
-            best = jnp.where(trajectory.valid_tm1, best, 0.0)
+        valid_tm1 = trajectory.valid_tm1
+        own_tm1 = jnp.take_along_axis(values.q_tm1, trajectory.action_tm1[..., None], -1)[..., 0]
+        # The target that a step has already teaches nothing.
+        own_tm1 = jax.lax.stop_gradient(own_tm1)
+        trajectory = trajectory._replace(
+            reward_t=where_valid(valid_tm1, trajectory.reward_t, own_tm1)
+        )
+        discount_t = where_valid(valid_tm1, discount_t, 0.0)
+        value_loss = over_valid(valid_tm1, loss(values, trajectory, discount_t))
+        best_tm1 = where_valid(valid_tm1, jnp.max(values.q_tm1, axis=-1), 0.0)
         return value_loss, {
             "loss": value_loss,
-            "mean_value": jnp.mean(best) / share,
+            "mean_value": over_valid(valid_tm1, jnp.mean(best_tm1)),
             "epsilon": jnp.mean(epsilon(params, own)),
         }
 
@@ -235,9 +244,9 @@ def _init_shared(params: Any) -> dict[str, Any]:
 
 def _after_update(updates_per_target: int, params: Any) -> Any:
     """Counts an update, and renews the target network if it is time."""
-    num_updates = params[SHARED]["num_updates"] + 1
+    target, num_updates = params[SHARED]["target"], params[SHARED]["num_updates"] + 1
     renews = functools.partial(jnp.where, num_updates % updates_per_target == 0)
-    target = jax.tree.map(renews, _weights(params), params[SHARED]["target"])
+    target = jax.tree.map(renews, _weights(params), target)
     return {**params, SHARED: {"target": target, "num_updates": num_updates}}
 
 
@@ -266,19 +275,6 @@ def _values(
         q_t=jax.lax.stop_gradient(target_q_t()),
         next_policy=lambda: EpsilonGreedy(jax.lax.stop_gradient(online_q_t()), epsilon),
     )
-
-
-def _leave_out_invalid(
-    trajectory: Trajectory, discount_t: Array, q_tm1: Array
-) -> tuple[Trajectory, Array, Array | float]:
-    """Gives invalid steps the target that they have, which teaches nothing; with the share of the others."""
-    valid = trajectory.valid_tm1
-    if isinstance(valid, tuple):
-        return trajectory, discount_t, 1.0
-    chosen = jnp.take_along_axis(q_tm1, trajectory.action_tm1[..., None], axis=-1)[..., 0]
-    reward_t = jnp.where(valid, trajectory.reward_t, jax.lax.stop_gradient(chosen))
-    share = jnp.maximum(jnp.mean(valid), 1e-8)
-    return trajectory._replace(reward_t=reward_t), jnp.where(valid, discount_t, 0.0), share
 
 
 def _weights(params: Any) -> dict[str, Any]:
