@@ -14,7 +14,7 @@ from a3c_jax.algorithms import find_algorithm
 from a3c_jax.checks import check_setup
 from a3c_jax.config import A3CConfig, default_of
 from a3c_jax.host_environment import HostEnvironment
-from a3c_jax.host_worker import HostWorkerStep
+from a3c_jax.host_worker import HostWorkerStep, rehearse
 from a3c_jax.optimizers import Updater, make_optimizer, make_updater
 from a3c_jax.own_checks import check_loss, checked_algorithm, checked_optimizer
 from a3c_jax.worker import WorkerState, make_differentiate, make_worker_step
@@ -183,7 +183,7 @@ def check_traceable(blueprint: Blueprint, learning_rate: float) -> None:
     seed, worker = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(blueprint.start, seed, worker)
     params = jax.eval_shape(blueprint.init, seed, state.observation)
-    step = getattr(blueprint.worker_step, "rehearse", blueprint.worker_step)
+    step = functools.partial(rehearse, blueprint.worker_step)
     gradients, _, _ = jax.eval_shape(step, params, state)
     updater = blueprint.updater(learning_rate)
     optimizer_state = jax.eval_shape(updater.init, params)

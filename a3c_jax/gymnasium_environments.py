@@ -42,8 +42,10 @@ def make_host_environment(name: str, action_bounds: str = "clip", **params: Any)
     module, base, named = parse_name("environment", rest, "gymnasium:LunarLander-v3?gravity=-9.0")
     params = named | params
     own = {key: params.pop(key) for key in _OWN_OPTIONS if key in params}
-    make = _ale_maker(name, base, params) if library == "ale" else None
-    make = make or functools.partial(_make_gymnasium, name, module, base, params)
+    if library == "ale":
+        make = _ale_maker(name, base, params)
+    else:
+        make = functools.partial(_make_gymnasium, name, module, base, params)
     return HostEnvironment(name, make, action_bounds=action_bounds, **own)
 
 

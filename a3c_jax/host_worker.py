@@ -31,6 +31,12 @@ from a3c_jax.worker import SegmentReport, WorkerState, make_learn
 Array = jax.Array
 
 
+def rehearse(step: Any, params: Any, state: Any) -> tuple[Any, Any, Any]:
+    """Gradients, state and report like those of a worker step. If its environments are on the host, none is made."""
+    results: tuple[Any, Any, Any] = getattr(step, "rehearse", step)(params, state)
+    return results
+
+
 class HostWorkerStep:
     """A worker's step, before its functions are compiled.
 
@@ -105,28 +111,23 @@ class HostWorkerStep:
 
         The state that it returns has no environments and no observations.
         """
-        state = state._replace(environment=())
         ended = jnp.zeros(len(state.episode_return), bool)
         action, log_prob, carry = self.act(
             params, state.key, jnp.int32(0), ended, state.observation, state.carry, state.own
         )
-        trajectory = self.example_trajectory(state, action, log_prob)
-        flags, zeros = trajectory.terminated_t, trajectory.reward_t
-        episodes = rollout.Episodes(flags, zeros, zeros.astype(jnp.int32))
-        now = _learning_part(state._replace(carry=carry))
-        return self.learn(params, now, ended, trajectory, episodes)
+        return self.learn(params, *self.example_segment(state, action, log_prob, carry))
 
-    def example_trajectory(
-        self, state: WorkerState, action: Any, log_prob: Any
-    ) -> rollout.Trajectory:
-        """A segment of zeros, like those to come."""
+    def example_segment(
+        self, state: WorkerState, action: Any, log_prob: Any, carry: Any
+    ) -> tuple[WorkerState, Array, rollout.Trajectory, rollout.Episodes]:
+        """A segment of zeros, as `learn` takes it, from what `act` returned for the state."""
 
         def zeros(x: Any) -> Array:
             return jnp.zeros((self.t_max, *x.shape), x.dtype)
 
         reward, flags = zeros(state.episode_return), zeros(state.episode_return > 0)
         observation = jax.tree.map(zeros, state.observation)
-        return rollout.Trajectory(
+        trajectory = rollout.Trajectory(
             observation_tm1=observation,
             action_tm1=zeros(action),
             reward_t=reward,
@@ -137,6 +138,8 @@ class HostWorkerStep:
             log_prob_tm1=zeros(log_prob),
             valid_tm1=~flags if self.environment.marks_beginnings else (),
         )
+        episodes = rollout.Episodes(flags, reward, reward.astype(jnp.int32))
+        return _learning_part(state._replace(carry=carry)), flags[0], trajectory, episodes
 
     def compile(
         self, compile: Callable[..., Any], params: Any, state: WorkerState, **options: Any
@@ -168,17 +171,12 @@ class CompiledHostStep:
         options: Any,
     ) -> None:
         self._environment, self._t_max = step.environment, step.t_max
-        state = state._replace(environment=())
         ended = np.zeros(len(state.episode_return), bool)
         moment = (state.key, np.int32(0), ended, state.observation, state.carry, state.own)
         self._act = OverLeaves(compile, keep_nothing(step.act), params, moment)
-        (), (action, log_prob, carry) = self._act(params, *moment)
+        (), chosen = self._act(params, *moment)
         self._fresh_carry = step.algorithm.initialize_carry(len(ended))
-        trajectory = step.example_trajectory(state, action, log_prob)
-        flags, zeros = trajectory.terminated_t, trajectory.reward_t
-        episodes = rollout.Episodes(flags, zeros, zeros.astype(jnp.int32))
-        now = _learning_part(state._replace(carry=carry))
-        self._rehearsal = (now, ended, trajectory, episodes)
+        self._rehearsal = step.example_segment(state, *chosen)
         self._learn = OverLeaves(
             compile, keep_gradients_and_report(step.learn), params, self._rehearsal, **options
         )

@@ -33,9 +33,8 @@ class OverLeaves:
             return (*kept, *results)
 
         self._compiled = compile(over_leaves, params, *leaves, **options)
-        self._shapes = (
-            shapes  # known once it was traced, or called for the first time if it is debugged
-        )
+        # Filled when the function is traced; if it is debugged, when it is first called.
+        self._shapes = shapes
         self.in_single_kernel = self._compiled.in_single_kernel
 
     def __call__(self, params: Any, *trees: Any) -> tuple[tuple[Any, ...], Any]:

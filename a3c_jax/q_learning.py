@@ -213,10 +213,8 @@ def value_method(
         valid_tm1 = trajectory.valid_tm1
         own_tm1 = jnp.take_along_axis(values.q_tm1, trajectory.action_tm1[..., None], -1)[..., 0]
         # The target that a step has already teaches nothing.
-        own_tm1 = jax.lax.stop_gradient(own_tm1)
-        trajectory = trajectory._replace(
-            reward_t=where_valid(valid_tm1, trajectory.reward_t, own_tm1)
-        )
+        r_t = where_valid(valid_tm1, trajectory.reward_t, jax.lax.stop_gradient(own_tm1))
+        trajectory = trajectory._replace(reward_t=r_t)
         discount_t = where_valid(valid_tm1, discount_t, 0.0)
         value_loss = over_valid(valid_tm1, loss(values, trajectory, discount_t))
         best_tm1 = where_valid(valid_tm1, jnp.max(values.q_tm1, axis=-1), 0.0)

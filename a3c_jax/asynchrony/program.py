@@ -14,7 +14,7 @@ from a3c_jax.asynchrony.objects import name_objects
 from a3c_jax.blueprint import Blueprint, check_parts, describe
 from a3c_jax.config import A3CConfig, changes_needing_compilation, is_same_optimizer
 from a3c_jax.environments import Environment, HostEnvironment
-from a3c_jax.host_worker import HostWorkerStep
+from a3c_jax.host_worker import HostWorkerStep, rehearse
 from a3c_jax.optimizers import Updater
 
 
@@ -190,12 +190,6 @@ def compile_step(worker_step: Any, params: Any, state: Any, single_kernel: bool 
     if isinstance(worker_step, HostWorkerStep):
         return worker_step.compile(_compiled.compile, params, state, single_kernel=single_kernel)
     return _compiled.compile(worker_step, params, state, single_kernel=single_kernel)
-
-
-def rehearse(step: Any, params: Any, state: Any) -> tuple[Any, Any, Any]:
-    """Gradients, state and report like those to come. If environments are on the host, none is made."""
-    results: tuple[Any, Any, Any] = getattr(step, "rehearse", step)(params, state)
-    return results
 
 
 def release(environment: Environment, states: Iterable[Any]) -> None:

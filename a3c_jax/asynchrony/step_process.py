@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3c_jax import _compiled
-from a3c_jax.asynchrony.program import Program, compile_step, rehearse, release
+from a3c_jax.asynchrony.program import Program, compile_step, release
 from a3c_jax.asynchrony.thread_pools import start_with
+from a3c_jax.host_worker import rehearse
 
 
 class Form:

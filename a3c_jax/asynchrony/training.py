@@ -204,14 +204,14 @@ def _make_threads(run: Run, steps: list[Step] | None, stopping: threading.Event)
         read_report=Report,
         on_update=run.on_update,
         max_updates=run.remaining_updates,
-        max_running=_max_running(run.program, run, steps is not None),
+        max_running=_max_running(run, steps is not None),
         stopping=stopping,
     )
 
 
-def _max_running(program: Program, run: Run, elsewhere: bool) -> int | None:
+def _max_running(run: Run, elsewhere: bool) -> int | None:
     """How many workers may play at the same time. If they play in other processes, as many as there are."""
-    config = program.config
+    program, config = run.program, run.program.config
     if config.max_concurrent_workers is not None or elsewhere:
         return config.max_concurrent_workers
     params = run.store.pull().params

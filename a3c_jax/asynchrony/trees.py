@@ -80,9 +80,10 @@ def restore_from_vector(what: str, vector: np.ndarray, like: Any) -> Any:
 
 
 def _fits(have: np.ndarray, want: Any) -> bool:
-    any_length = want.shape[:1] == (0,)
-    shape = have.shape[1:] if any_length and have.ndim else have.shape
-    return (shape, have.dtype) == (want.shape[1:] if any_length else want.shape, want.dtype)
+    shape = have.shape
+    if want.shape[:1] == (0,):
+        shape = (0, *shape[1:]) if shape else shape
+    return (shape, have.dtype) == (want.shape, want.dtype)
 
 
 def _name(path: Any) -> str:
