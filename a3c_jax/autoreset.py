@@ -75,7 +75,7 @@ class VectorPlayer:
         self._close = self._close_all if close is None else close
         self._entropy = tuple(int(word) for word in entropy)
         self._num_envs = int(environment.num_envs)
-        innermost = getattr(environment, "unwrapped", environment)
+        self._innermost = innermost = getattr(environment, "unwrapped", environment)
         known = {kind.__name__ for kind in type(innermost).__mro__} & {*_SEEDED_SINGLY}
         self._mode = autoreset_mode(environment)
         self._takes_list_of_seeds = bool(known)
@@ -94,10 +94,8 @@ class VectorPlayer:
         self.episode = np.array(episode, np.int32)
         self._ended = np.zeros(self._num_envs, bool)
         self._lives = np.zeros(self._num_envs, np.int64)
-        seed: Any = self._seed(0)
-        if self._takes_list_of_seeds:
-            seed = [self._seed(n) for n in range(self._num_envs)]
-            seed = np.array(seed) if self._seeds_only_those_reset else seed
+        everywhere = np.ones(self._num_envs, bool)
+        seed = self._seeds(everywhere) if self._takes_list_of_seeds else self._seed(0)
         observation, _ = self._environment.reset(seed=seed)
         return observation
 
@@ -120,7 +118,7 @@ class VectorPlayer:
                 self.episode = self.episode + ended
             else:
                 final_observation = jax.tree.map(np.array, observation)
-                observation = self._reset(ended)
+                observation = self._reset(ended, self.episode + 1)
         return Stepped(
             observation, reward, terminated, truncated, final_observation, valid, life_lost
         )
@@ -152,16 +150,14 @@ class VectorPlayer:
         for k in range(steps):
             begins = length == steps - k
             if k and begins.any():
-                self.episode = np.where(begins, episode - 1, self.episode).astype(np.int32)
-                self._reset(begins)
+                self._reset(begins, episode)
             with watched():
                 stepped = self.step(actions[k])
             observation = stepped.observation
             paid = np.where(length >= steps - k, paid + stepped.reward, paid)
         late = length == 0
         if steps and late.any():
-            self.episode = np.where(late, episode - 1, self.episode).astype(np.int32)
-            observation = self._reset(late)
+            observation = self._reset(late, episode)
         return observation, paid
 
     def _count_lives(self, info: dict[str, Any], ended: np.ndarray) -> np.ndarray:
@@ -186,25 +182,28 @@ class VectorPlayer:
 
     def _close_all(self) -> None:
         """Closes the environments. If one of their processes has died, the others are ended all the same."""
-        innermost = getattr(self._environment, "unwrapped", self._environment)
-        processes = getattr(innermost, "processes", ())
+        processes = getattr(self._innermost, "processes", ())
         try:
             self._environment.close(**{"timeout": _CLOSE_SECONDS} if processes else {})
         finally:
             for process in processes:
                 process.terminate()
 
-    def _reset(self, mask: np.ndarray) -> Any:
-        """Begins the next episode of some environments. Returns the observations of all."""
-        self.episode = self.episode + mask
+    def _reset(self, mask: np.ndarray, episode: np.ndarray) -> Any:
+        """Begins the episodes of these numbers in some environments. Returns the observations of all."""
+        self.episode = np.where(mask, episode, self.episode).astype(np.int32)
         self._lives = np.where(mask, 0, self._lives)
-        seeds: Any = [self._seed(n) if mask[n] else None for n in range(self._num_envs)]
-        if self._seeds_only_those_reset:
-            seeds = np.array([seed for seed in seeds if seed is not None])
-        if not self._takes_list_of_seeds:
-            seeds = None  # the environment goes on with its own generator
+        # Without a list of seeds the environment goes on with its own generator.
+        seeds = self._seeds(mask) if self._takes_list_of_seeds else None
         observation, _ = self._environment.reset(seed=seeds, options={"reset_mask": mask})
         return observation
+
+    def _seeds(self, mask: np.ndarray) -> Any:
+        """The seeds of some environments' running episodes, in the form that the environment takes."""
+        seeds = [self._seed(n) if mask[n] else None for n in range(self._num_envs)]
+        if self._seeds_only_those_reset:
+            return np.array([seed for seed in seeds if seed is not None])
+        return seeds
 
     def _seed(self, number: int) -> int:
         """The seed of an environment's running episode."""

@@ -80,9 +80,8 @@ def restore_from_vector(what: str, vector: np.ndarray, like: Any) -> Any:
 
 
 def _fits(have: np.ndarray, want: Any) -> bool:
-    shape = have.shape
-    if want.shape[:1] == (0,):
-        shape = (0, *shape[1:]) if shape else shape
+    any_length = want.shape[:1] == (0,) and have.ndim > 0
+    shape = (0, *have.shape[1:]) if any_length else have.shape
     return (shape, have.dtype) == (want.shape, want.dtype)
 
 
