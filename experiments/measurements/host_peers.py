@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 _OURS = """
 import dataclasses
-from experiments import atari, measurements
+from experiments import atari
 from experiments.measurements import host_throughput
 from a3c_jax.config import A3CConfig
 base = atari.PRESETS["pong"] if {environment!r}.startswith("ale:") else A3CConfig()

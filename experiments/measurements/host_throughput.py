@@ -4,14 +4,17 @@ It measures the parts of a worker's segment alone, one after the other in one th
 choice of actions, the gradient of a segment, the update. As many workers as there are cores could play so many steps a second if
 none of them ever waited: the *bound*. Then it runs A3C with one worker and with the most, and shows the share of the bound that it
 reaches, what each worker's time goes into, and a picture of that, `timeline.png` in the run folder. All options of
-`experiments.atari` change what is measured, for instance `--preset breakout`, or `--environment gymnasium:LunarLander-v3 --torso mlp`.
+`experiments.atari` change what is measured, for instance `--environment ale:breakout`, or
+`--environment gymnasium:LunarLander-v3 --torso mlp`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import resource
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +86,6 @@ class Traced:
                 f"environment must be on the host, got {config.environment!r}; give gymnasium:... or ale:..., "
                 "or use experiments.measurements.throughput."
             )
-        self.environment = named
         self._make = named.make
         named.make = self._make_player  # type: ignore[method-assign, assignment]
         names = iter(("act", "learn"))
@@ -113,35 +115,23 @@ class Traced:
 
     def run(self, workers: int, seconds: float) -> Any:
         """Trains for about so many seconds. The clock runs from the first gradients on, when all environments are made."""
-        from a3c_jax import SinkError, train
         from experiments.measurements import timing
 
-        program = self.program.replace(num_workers=workers, max_steps=10**9)
         self.trace.workers.clear()
         usage, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-
-        def stop(row: Any) -> None:
-            if time.perf_counter() - began > seconds:
-                raise _Enough
-
-        try:
-            train(program, on_progress=stop, interval=0.2)
-        except SinkError as error:
-            result = error.result
+        result, _ = timing.train_for(
+            self.program.replace(num_workers=workers), seconds, interval=0.2
+        )
         used = timing.used_since(usage)
         ends = sorted(end for calls in self.trace.workers.values() for _, end in calls["learn"])
         return timing.Measurement(
             (ends[-1] - ends[0]) / 1e9,
-            (len(ends) - 1) * program.config.steps_per_update,
+            (len(ends) - 1) * self.program.config.steps_per_update,
             len(ends) - 1,
-            float(result.schedule.staleness.mean()) if result else 0.0,
+            float(result.schedule.staleness.mean()),
             used[0] * (ends[-1] - ends[0]) / 1e9 / (time.perf_counter() - began),
             used[1],
         )
-
-
-class _Enough(Exception):
-    """The time is over."""
 
 
 def measure_parts(traced: Traced) -> dict[str, float]:
@@ -162,17 +152,15 @@ def measure_parts(traced: Traced) -> dict[str, float]:
     return {name: float(np.median(s[2:])) / config.steps_per_update for name, s in seconds.items()}
 
 
-class _named_as_a_worker:
+@contextlib.contextmanager
+def _named_as_a_worker() -> Iterator[None]:
     """Gives the calling thread the name of a worker's for a block."""
-
-    def __enter__(self) -> None:
-        import threading
-
-        self._thread = threading.current_thread()
-        self._name, self._thread.name = self._thread.name, "a3c-worker-0"
-
-    def __exit__(self, *_: Any) -> None:
-        self._thread.name = self._name
+    thread = threading.current_thread()
+    name, thread.name = thread.name, "a3c-worker-0"
+    try:
+        yield
+    finally:
+        thread.name = name
 
 
 def _print(config: A3CConfig, found: dict[str, Any], bound: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import a3c_jax
 from a3c_jax.config import A3CConfig
+from experiments import atari
 from experiments.command_line import exit_on_bad_input, parse
 
 SIZES = {"2 k": (154,), "130 k": (251, 251), "700 k": (588, 588), "4 M": (1410, 1410)}
@@ -26,15 +27,7 @@ TASKS = {
     "LunarLander 16x16": A3CConfig(
         environment="gymnasium:LunarLander-v3", envs_per_worker=16, t_max=16
     ),
-    "Atari Pong 16x5": A3CConfig(
-        environment="ale:pong",
-        envs_per_worker=16,
-        t_max=5,
-        torso="atari",
-        hidden_sizes=(256,),
-        activation="relu",
-        shared_torso=True,
-    ),
+    "Atari Pong 16x5": atari.PRESETS["pong"],
 }
 
 
@@ -103,25 +96,11 @@ def _print_tasks(arguments: Arguments) -> None:
         print(f"{name:<25}{threads:>16,.0f}{on_ray:>9,.0f}{ratio:>8.2f}{step:>10.2f}{exchange:>13.2f}", flush=True)  # fmt: skip
 
 
-class _TimeIsUp(Exception):
-    """Ends a run."""
-
-
 def _steps_per_second(program: Any, seconds: float, ray: Any) -> tuple[float, list[Any]]:
     """The rate of a run of so many seconds, and its rows but for the first, in which caches fill."""
-    rows: list[Any] = []
+    from experiments.measurements import timing
 
-    def on_progress(row: Any) -> None:
-        rows.append(row)
-        if row["seconds"] > seconds:
-            raise _TimeIsUp
-
-    program = program.replace(max_steps=10**12)
-    try:
-        a3c_jax.train(program, ray=ray, on_progress=on_progress, interval=0.25)
-    except a3c_jax.SinkError as error:
-        if not isinstance(error.__cause__, _TimeIsUp):
-            raise
+    _, rows = timing.train_for(program, seconds, ray=ray)
     first, last = rows[0], rows[-1]
     played = last["environment_steps"] - first["environment_steps"]
     rows = [row for row in rows[1:] if "loss" in row]

@@ -15,7 +15,7 @@ import jax
 import matplotlib.ticker
 import numpy as np
 
-from a3c_jax import Program, build, train
+from a3c_jax import Program, SinkError, TrainResult, build, train
 from a3c_jax.blueprint import make_blueprint
 from a3c_jax.config import A3CConfig, available_cores
 from experiments.measurements import synchronous
@@ -84,6 +84,32 @@ def asynchronous(program: Program) -> Measure:
     while (trial := run(steps)).seconds < 0.1:  # which also warms up
         steps *= 2
     return lambda seconds: run(seconds * trial.steps_per_second)
+
+
+def train_for(
+    program: Program, seconds: float, *, interval: float = 0.25, ray: Any = None
+) -> tuple[TrainResult, list[dict[str, Any]]]:
+    """Trains for about so many seconds. Returns the result, and the rows that a sink receives."""
+    rows: list[dict[str, Any]] = []
+
+    def on_progress(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if row["seconds"] > seconds:
+            raise _TimeIsUp
+
+    try:
+        train(
+            program.replace(max_steps=10**12), on_progress=on_progress, interval=interval, ray=ray
+        )
+    except SinkError as error:
+        if isinstance(error.__cause__, _TimeIsUp) and error.result is not None:
+            return error.result, rows
+        raise
+    raise AssertionError("a run without an end has ended")
+
+
+class _TimeIsUp(Exception):
+    """Ends a run."""
 
 
 def synchronous_loop(config: A3CConfig) -> Measure:
