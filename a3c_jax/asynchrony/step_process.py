@@ -3,9 +3,10 @@
 Nothing here knows how messages pass between the processes.
 """
 
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ class Form:
     def __init__(self, example: Any) -> None:
         self._packed = _compiled.packed_type(example)
         leaves, self._structure = jax.tree.flatten(_compiled.unpack(example))
-        self._impls = [jax.random.key_impl(x) if _is_key(x) else None for x in leaves]
+        self._dress = [_dressing(x) for x in leaves]
 
     def bare(self, tree: Any) -> Any:
         """The tree's arrays on the host: one vector if it is packed, a list otherwise."""
@@ -37,11 +38,16 @@ class Form:
         """The tree again."""
         if self._packed is not None and isinstance(bare, np.ndarray):
             return self._packed(jnp.asarray(bare))
-        leaves = [
-            jnp.asarray(x) if impl is None else jax.random.wrap_key_data(x, impl=impl)
-            for x, impl in zip(bare, self._impls, strict=True)
-        ]
+        leaves = [dress(x) for dress, x in zip(self._dress, bare, strict=True)]
         return jax.tree.unflatten(self._structure, leaves)
+
+
+def _dressing(example: Any) -> Callable[[Any], Any]:
+    """What makes an array like the example from a bare one."""
+    if _is_key(example):
+        return functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(example))
+    # What is empty at first has any length later. It stays on the host, because JAX would compile for every length.
+    return np.asarray if example.shape[:1] == (0,) else jnp.asarray
 
 
 def _is_key(x: Any) -> bool:

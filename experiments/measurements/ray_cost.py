@@ -27,7 +27,9 @@ TASKS = {
     "LunarLander 16x16": A3CConfig(
         environment="gymnasium:LunarLander-v3", envs_per_worker=16, t_max=16
     ),
-    "Atari Pong 16x5": atari.PRESETS["pong"],
+    "Atari Pong 16x5": dataclasses.replace(
+        atari.PRESETS["pong"], learning_rate_schedule="constant"
+    ),
 }
 
 
