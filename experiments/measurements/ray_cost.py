@@ -99,10 +99,11 @@ def _print_tasks(arguments: Arguments) -> None:
 
 
 def _steps_per_second(program: Any, seconds: float, ray: Any) -> tuple[float, list[Any]]:
-    """The rate of a run of so many seconds, and its rows but for the first, in which caches fill."""
+    """The rate of a run of so many seconds from its first steps on, and its rows since then."""
     from experiments.measurements import timing
 
     _, rows = timing.train_for(program, seconds, ray=ray)
+    rows = [row for row in rows if row["environment_steps"] > 0]
     first, last = rows[0], rows[-1]
     played = last["environment_steps"] - first["environment_steps"]
     rows = [row for row in rows[1:] if "loss" in row]
