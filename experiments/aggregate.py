@@ -6,6 +6,7 @@ rliable is an extra, and it is imported only when there are runs enough for an i
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ class Aggregate(NamedTuple):
     """What several runs reached together, at each of several points.
 
     Attributes:
-      name: what the value is: `IQM` or `mean`.
+      name: what the value is: `IQM`, or `mean`.
       value: `[N]`; NaN where a run has no value.
       interval: its lower and its upper end, `[2, N]`; None if there is no interval.
     """
@@ -28,23 +29,35 @@ class Aggregate(NamedTuple):
     interval: np.ndarray | None = None
 
 
-def aggregate(scores: np.ndarray, *, resamples: int = 2_000) -> Aggregate:
-    """The interquartile mean over runs, with its 95 % stratified bootstrap interval.
+def mean(scores: np.ndarray) -> np.ndarray:
+    """The mean over runs, `[runs, N] -> [N]`."""
+    return scores.mean(axis=0)
+
+
+def aggregate(
+    scores: np.ndarray,
+    *,
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+    resamples: int = 2_000,
+) -> Aggregate:
+    """The interquartile mean over runs, or another statistic, with its 95 % stratified bootstrap interval.
 
     The interval is computed for each point by itself, from resamples of the runs. With three or four runs it reaches
     from the lowest run to the highest. With few runs it contains the true value in fewer than 95 % of all cases.
 
     Args:
       scores: of each run at each point, `[runs, N]`; NaN where a run has no value.
+      statistic: `mean`, or None for the interquartile mean.
       resamples: how often to draw as many runs as there are, with replacement. The draws are the same at each call.
 
     Returns:
-      The interquartile mean and its interval. If there are fewer than `MIN_RUNS` runs, or if rliable cannot be
+      The statistic and its interval. If there are fewer than `MIN_RUNS` runs, or if rliable cannot be
       imported, the mean without an interval.
     """
     library = import_rliable() if len(scores) >= MIN_RUNS else None
     if library is None:
-        return Aggregate("mean", scores.mean(axis=0))
+        return Aggregate("mean", mean(scores))
+    statistic = statistic or interquartile_mean
     value, interval = np.full(scores.shape[1], np.nan), np.full((2, scores.shape[1]), np.nan)
     complete = np.isfinite(scores).all(axis=0)
     if complete.any():
@@ -53,12 +66,12 @@ def aggregate(scores: np.ndarray, *, resamples: int = 2_000) -> Aggregate:
         np.random.seed(0)  # rliable 1.2 draws from here, whatever random_state it is given
         try:
             values, intervals = library.get_interval_estimates(
-                of_one_task, lambda drawn: interquartile_mean(drawn[:, 0]), reps=resamples
+                of_one_task, lambda drawn: statistic(drawn[:, 0]), reps=resamples
             )
         finally:
             np.random.set_state(state)
         value[complete], interval[:, complete] = values["runs"], intervals["runs"]
-    return Aggregate("IQM", value, interval)
+    return Aggregate("mean" if statistic is mean else "IQM", value, interval)
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:

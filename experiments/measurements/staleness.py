@@ -7,22 +7,31 @@ The score of a run is the mean return of the episodes that ended in the last ten
 are not reported choose learning rates by their mean score: for each line of the picture the best one at the smallest
 delay, and the best one at each delay. Then fresh seeds are scored with both. Shown are their interquartile mean and a 95 %
 interval from a bootstrap over the seeds. It prints the table, and leaves `staleness.json`, `staleness.png` and
-`staleness.pdf` in its run folder.
+`staleness.pdf` in its run folder. A command that was killed goes on if it is given again with its `--run-dir`.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from a3c_jax.config import A3CConfig, Optimizer, available_cores
+from a3c_jax.config import A3CConfig, Optimizer
+from experiments.aggregate import aggregate
 from experiments.command_line import exit_on_bad_input, parse
 from experiments.compilation_cache import CompilationCache
-from experiments.run_folder import make_run_dir, write_json
+from experiments.measurements.simulated import (
+    COLOURS,
+    OPTIMIZERS,
+    Run,
+    Score,
+    Scores,
+    start_or_go_on,
+)
+from experiments.run_folder import write_json
 
 RATES: dict[str, tuple[float, ...]] = {
     "adam": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -63,7 +72,7 @@ class Arguments:
     batch: int = 20
     """Number of runs simulated in one compiled call."""
     run_dir: Path | None = None
-    """Folder for the results, which must not exist yet. By default a new one under runs/."""
+    """Folder for the results. By default a new one under runs/. If it holds the same command's, that one goes on."""
 
     def __post_init__(self) -> None:
         for name, minimum in (("seeds", 2), ("tuning_seeds", 1), ("batch", 1)):
@@ -110,18 +119,8 @@ class Line(NamedTuple):
     algorithm: str
 
 
-class Run(NamedTuple):
-    """One run to simulate."""
-
-    delay: int
-    learning_rate: float
-    seed: int
-
-
 Point = dict[str, Any]
 """Of the picture: optimizer, algorithm, panel, delay, learning_rate, returns of the seeds, their mean, its interval's low and high."""
-
-Score = Callable[[Sequence[Run]], np.ndarray]
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -133,21 +132,23 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         environments.make(parsed.environment)
         for algorithm in parsed.algorithms:
             algorithms.find_algorithm(algorithm)
-        run_dir = make_run_dir("staleness", parsed.run_dir)
+        run_dir = start_or_go_on("staleness", parsed.run_dir, dataclasses.asdict(parsed))
     CompilationCache().use()
     from tqdm import tqdm
 
     points: list[Point] = []
     tuning = {}
-    rng = np.random.default_rng(0)
+    scores = Scores(run_dir / "scores.jsonl", parsed.batch)
     for line in parsed.lines:
-        with tqdm(desc=name_line(parsed, line), unit=" runs") as bar:
-            score = make_score(parsed, line, bar.update)
-            scores = tune(parsed, line, score)
-            points += evaluate(parsed, line, score, scores, rng)
-        tuning[name_line(parsed, line)] = {
+        name = name_line(parsed, line)
+        with tqdm(desc=name, unit=" runs") as bar:
+            config = parsed.config(line, 1.0)
+            score = functools.partial(scores.of, name, config, done=bar.update)
+            returns = tune(parsed, line, score)
+            points += evaluate(parsed, line, score, returns)
+        tuning[name] = {
             "rates": parsed.rates_of(line.optimizer),
-            "returns": dict(zip(parsed.delays, scores.tolist(), strict=True)),
+            "returns": dict(zip(parsed.delays, returns.tolist(), strict=True)),
         }
     results = {
         "arguments": {k: v for k, v in dataclasses.asdict(parsed).items() if k != "run_dir"},
@@ -169,52 +170,6 @@ def name_line(parsed: Arguments, line: Line) -> str:
     return ", ".join(names) or optimizer
 
 
-def make_score(parsed: Arguments, line: Line, done: Callable[[int], Any]) -> Score:
-    """Makes the function that simulates runs, a batch of them in each compiled call, and scores them.
-
-    `done` is called with the number of runs after each batch.
-    """
-    import jax
-
-    from a3c_jax import Schedule, fixed_delay, make_simulation
-
-    config = parsed.config(line, 1.0)
-    num_updates = config.max_updates or 0
-    simulate = jax.vmap(make_simulation(config, max(parsed.delays)))
-
-    def score_batch(seeds: Any, rates: Any, schedules: Schedule) -> jax.Array:
-        return simulate(seeds, rates, schedules).final_return()
-
-    def inputs(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, Schedule]:
-        padded = [*runs, *[runs[-1]] * (parsed.batch - len(runs))]
-        schedules = [fixed_delay(run.delay, num_updates) for run in padded]
-        return (
-            np.array([run.seed for run in padded], np.uint32),
-            np.array([run.learning_rate for run in padded], np.float32),
-            jax.tree.map(lambda *columns: np.stack(columns).astype(np.int32), *schedules),
-        )
-
-    compiled = jax.jit(score_batch).lower(*inputs([Run(0, 1.0, 0)])).compile()
-
-    def score_some(runs: Sequence[Run]) -> np.ndarray:
-        scores = np.asarray(compiled(*inputs(runs)))[: len(runs)]
-        done(len(runs))
-        return scores
-
-    def score(runs: Sequence[Run]) -> np.ndarray:
-        batches = [runs[i : i + parsed.batch] for i in range(0, len(runs), parsed.batch)]
-        with ThreadPoolExecutor(available_cores()) as pool:
-            scores = np.concatenate(list(pool.map(score_some, batches)))
-        if np.isnan(scores).any():
-            raise SystemExit(
-                "error: no episode ended in the last tenth of a run, which is what scores it; raise "
-                f"--max-steps, got {parsed.max_steps}."
-            )
-        return scores
-
-    return score
-
-
 def tune(parsed: Arguments, line: Line, score: Score) -> np.ndarray:
     """The scores of the seeds that choose the learning rates, `[delays, rates, tuning_seeds]`."""
     rates = parsed.rates_of(line.optimizer)
@@ -223,9 +178,7 @@ def tune(parsed: Arguments, line: Line, score: Score) -> np.ndarray:
     return score(runs).reshape(len(parsed.delays), len(rates), len(seeds))
 
 
-def evaluate(
-    parsed: Arguments, line: Line, score: Score, tuning: np.ndarray, rng: np.random.Generator
-) -> list[Point]:
+def evaluate(parsed: Arguments, line: Line, score: Score, tuning: np.ndarray) -> list[Point]:
     """Scores fresh seeds with the learning rates that `tuning` chose."""
     delays, rates = parsed.delays, parsed.rates_of(line.optimizer)
     best = [rates[i] for i in tuning.mean(axis=2).argmax(axis=1)]  # the smaller one of equals
@@ -235,32 +188,15 @@ def evaluate(
     scores = dict(zip(pairs, score(runs).reshape(len(pairs), parsed.seeds), strict=True))
     scored = {}
     for pair, returns in scores.items():
-        low, high = bootstrap_interval(returns, rng)
-        mean = float(interquartile_mean(returns))
-        scored[pair] = {"returns": returns.tolist(), "mean": mean, "low": low, "high": high}
+        found = aggregate(returns[:, None])
+        low, high = [None, None] if found.interval is None else found.interval[:, 0].tolist()
+        value = {"mean": float(found.value[0]), "low": low, "high": high}
+        scored[pair] = {"returns": returns.tolist(), **value}
     return [
         line._asdict() | {"panel": panel, "delay": d, "learning_rate": rate} | scored[d, rate]
         for panel, own in chosen.items()
         for d, rate in zip(delays, own, strict=True)
     ]
-
-
-def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """The mean of the middle half along the last axis: without the lowest and the highest quarter, rounded down.
-
-    Source: Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice".
-    """
-    count = values.shape[-1]
-    return np.sort(values, axis=-1)[..., count // 4 : count - count // 4].mean(axis=-1)
-
-
-def bootstrap_interval(
-    values: np.ndarray, rng: np.random.Generator, resamples: int = 10_000
-) -> tuple[float, float]:
-    """The 95 % percentile interval of the interquartile mean, from a bootstrap over the seeds, `[seeds]`."""
-    means = interquartile_mean(rng.choice(values, size=(resamples, len(values))))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def print_table(parsed: Arguments, points: Sequence[Point]) -> None:
@@ -274,20 +210,17 @@ def print_table(parsed: Arguments, points: Sequence[Point]) -> None:
         print(f"\n{title}\n{'delay':>5}" + "".join(f"  {name:^33}" for name in names))
         for delay in parsed.delays:
             cells = (
-                f"  {p['mean']:6.1f} [{p['low']:.1f}, {p['high']:.1f}] ({p['learning_rate']:g})"
+                f"  {p['mean']:6.1f}{_interval(p)} ({p['learning_rate']:g})"
                 for p in points
                 if (p["panel"], p["delay"]) == (panel, delay)
             )
             print(f"{delay:5d}" + "".join(f"{cell:35}" for cell in cells))
 
 
-OPTIMIZERS = {
-    "adam": "Adam",
-    "shared_rmsprop": "Shared RMSProp",
-    "momentum": "momentum SGD",
-    "rmsprop": "RMSProp",
-}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito
+def _interval(point: Point) -> str:
+    return "" if point["low"] is None else f" [{point['low']:.1f}, {point['high']:.1f}]"
+
+
 STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--")  # for those who print in grey
 
 
@@ -315,7 +248,8 @@ def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> N
                 colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
                 label = name_line(parsed, line)
                 axes.plot(x, mean, style, markersize=4, linewidth=1.4, color=colour, label=label)
-                axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+                if None not in low:
+                    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.set_title(title)
             axes.set_xlabel("staleness (updates)")
             axes.set_xticks(range(len(delays)), [str(delay) for delay in delays])

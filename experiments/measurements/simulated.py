@@ -1,0 +1,140 @@
+"""What measurements by simulation share: many runs in one compiled call, and a file that keeps their scores.
+
+A run scores the mean return of the episodes that ended in the last tenth of its updates. A command that was interrupted
+or killed goes on from its file of scores.
+"""
+
+import functools
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from a3c_jax.config import A3CConfig, Optimizer, available_cores
+from experiments.run_folder import make_run_dir, read_json, write_json
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito
+OPTIMIZERS: dict[Optimizer, str] = {
+    "momentum": "momentum SGD",
+    "rmsprop": "RMSProp",
+    "shared_rmsprop": "Shared RMSProp",
+    "adam": "Adam",
+}
+"""What optimizers are called in tables and pictures."""
+
+
+class Run(NamedTuple):
+    """One run to simulate. Its workers take turns, and every update is `delay` updates stale."""
+
+    delay: int
+    learning_rate: float
+    seed: int
+
+
+Score = Callable[[Sequence[Run]], np.ndarray]
+
+
+class Scores:
+    """The scores of simulated runs, in a file. A run whose score is there is not simulated again.
+
+    Args:
+      path: the file, a JSON array a line: name, delay, learning rate, seed, score.
+      batch: how many runs to simulate in one compiled call.
+    """
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self._batch, self._lock = batch, threading.Lock()
+        self._known: dict[tuple[Any, ...], float] = {}
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            if not line.endswith(b"\n"):
+                break  # what a killed process was writing
+            *run, score = json.loads(line)
+            self._known[tuple(run)] = score
+            whole += len(line)
+        self._path = path
+        if path.exists():
+            os.truncate(path, whole)
+
+    def of(
+        self, name: str, config: A3CConfig, runs: Sequence[Run], done: Callable[[int], Any]
+    ) -> np.ndarray:
+        """The scores of some runs, `[runs]`.
+
+        Args:
+          name: tells these runs from those with other configurations.
+          config: the configuration. Its seed and its learning rate are not used.
+          runs: what to simulate.
+          done: called with a number of runs whenever so many more have a score.
+        """
+        missing = [run for run in dict.fromkeys(runs) if (name, *run) not in self._known]
+        done(len(runs) - len(missing))
+        if missing:
+            simulate = _simulation(config, max(run.delay for run in missing), self._batch)
+            batches = [missing[i : i + self._batch] for i in range(0, len(missing), self._batch)]
+
+            def score(batch: Sequence[Run]) -> None:
+                self._keep(name, batch, simulate(batch))
+                done(len(batch))
+
+            with ThreadPoolExecutor(available_cores()) as pool:
+                list(pool.map(score, batches))
+        return np.array([self._known[name, *run] for run in runs])
+
+    def _keep(self, name: str, batch: Sequence[Run], scores: np.ndarray) -> None:
+        if np.isnan(scores).any():
+            raise SystemExit(
+                "error: no episode ended in the last tenth of a run, which is what scores it; raise --max-steps."
+            )
+        with self._lock, open(self._path, "ab") as file:
+            for run, score in zip(batch, scores.tolist(), strict=True):
+                self._known[name, *run] = score
+                file.write(json.dumps([name, *run, score]).encode() + b"\n")
+
+
+@functools.lru_cache(maxsize=1)
+def _simulation(config: A3CConfig, max_delay: int, batch: int) -> Score:
+    """Compiles what simulates up to `batch` runs at once."""
+    import jax
+
+    from a3c_jax import fixed_delay, make_simulation
+
+    num_updates = config.max_updates or 0
+    simulate = jax.vmap(make_simulation(config, max_delay))
+
+    def inputs(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, Any]:
+        padded = [*runs, *[runs[-1]] * (batch - len(runs))]
+        schedules = [fixed_delay(run.delay, num_updates, config.num_workers) for run in padded]
+        return (
+            np.array([run.seed for run in padded], np.uint32),
+            np.array([run.learning_rate for run in padded], np.float32),
+            jax.tree.map(lambda *columns: np.stack(columns).astype(np.int32), *schedules),
+        )
+
+    function = jax.jit(lambda *arguments: simulate(*arguments).final_return())
+    compiled = function.lower(*inputs([Run(0, 1.0, 0)])).compile()
+    return lambda runs: np.asarray(compiled(*inputs(runs)))[: len(runs)]
+
+
+def start_or_go_on(name: str, run_dir: Path | None, arguments: dict[str, Any]) -> Path:
+    """A new folder for results, or the one in which the same command was begun.
+
+    Raises:
+      FileExistsError: if the folder holds something else.
+    """
+    arguments = json.loads(json.dumps({k: v for k, v in arguments.items() if k != "run_dir"}))
+    if run_dir is not None and run_dir.exists():
+        begun = read_json(run_dir / "arguments.json")
+        if begun != arguments:
+            raise FileExistsError(
+                f"run_dir must be new, or hold what the same command has begun, got {run_dir}; choose another name."
+            )
+        return run_dir
+    run_dir = make_run_dir(name, run_dir)
+    write_json(run_dir / "arguments.json", arguments)
+    return run_dir
