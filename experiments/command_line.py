@@ -149,7 +149,7 @@ def _run_example(
     with exit_on_bad_input(ImportError):
         sinks = [*sinks, *(_make_logger(logger, run_dir, config) for logger in options.log_to)]
     with (
-        exit_if_cut_short(run_dir, checkpoint),
+        exit_if_cut_short(run_dir, checkpoint, _ray_words(options)),
         exit_on_bad_input(CheckpointError, ConnectionError),
         checkpoints.locked(),
     ):
@@ -177,6 +177,13 @@ def _ray_options(options: Options) -> "a3c_jax.RayOptions | None":
 
     check_installed()
     return a3c_jax.RayOptions(address=options.ray, workers_per_process=options.workers_per_process)
+
+
+def _ray_words(options: Options) -> list[str]:
+    """The options of Ray as they were given."""
+    if options.ray is None:
+        return []
+    return ["--ray", options.ray, "--workers-per-process", str(options.workers_per_process)]
 
 
 def _make_logger(logger: Logger, run_dir: Path, config: A3CConfig) -> Any:

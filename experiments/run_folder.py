@@ -123,19 +123,27 @@ def train_in_folder(
 
 
 @contextlib.contextmanager
-def exit_if_cut_short(run_dir: Path, resume: "a3c_jax.Checkpoint | None") -> Iterator[None]:
+def exit_if_cut_short(
+    run_dir: Path, resume: "a3c_jax.Checkpoint | None", options: Sequence[str] = ()
+) -> Iterator[None]:
     """Ends the process with a message on how to go on, if the training in the block does not come to its end.
+
+    Args:
+      run_dir: the run folder.
+      resume: what the run goes on from.
+      options: what the command to go on with has besides `--resume`.
 
     Raises:
       SystemExit: on Ctrl-C with exit code 130, on SIGTERM with 143, and with 1 if a worker or a sink failed.
     """
+    go_on = f"go on with: {' '.join([_resume_command(run_dir), *options])}"
     try:
         yield
     except a3c_jax.TrainingInterrupted as interruption:
         from experiments.report import print_training
 
         print_training(interruption.result, 0 if resume is None else resume.environment_steps)
-        print(f"run folder: {run_dir}\ngo on with: {_resume_command(run_dir)}")
+        print(f"run folder: {run_dir}\n{go_on}")
         _end_process(128 + interruption.signal)
     except a3c_jax.WorkerError as error:
         print(
@@ -145,7 +153,7 @@ def exit_if_cut_short(run_dir: Path, resume: "a3c_jax.Checkpoint | None") -> Ite
         )
         raise SystemExit(1) from error
     except a3c_jax.SinkError as error:
-        print(f"error: {error}\ngo on with: {_resume_command(run_dir)}", file=sys.stderr)
+        print(f"error: {error}\n{go_on}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

@@ -188,6 +188,17 @@ def test_a_worker_that_fails_leaves_its_reason_in_the_run_folder(tmp_path, capsy
     assert "does not fail when it is repeated" in output and "identical: " in output
 
 
+def test_the_command_to_go_on_with_has_the_options_of_ray(tmp_path, capsys):
+    from experiments.command_line import Options, _ray_words
+
+    words = _ray_words(Options(ray="auto", workers_per_process=2))
+    assert _ray_words(Options()) == []
+    with pytest.raises(SystemExit), run_folder.exit_if_cut_short(tmp_path, None, words):
+        raise a3c_jax.SinkError("full")
+    command = f"--resume {tmp_path} --ray auto --workers-per-process 2\n"
+    assert capsys.readouterr().err.endswith(command)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT cannot be sent to a process on Windows")
 def test_ctrl_c_keeps_what_was_learnt(tmp_path):
     folder = tmp_path / "run"

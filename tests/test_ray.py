@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from a3c_jax import (
     replay,
     train,
 )
+from a3c_jax.asynchrony import ray_nodes
 from a3c_jax.asynchrony.step_process import Form, StepProcess, recipe_of
 from experiments.measurements import ray_cost
 
@@ -78,12 +80,21 @@ def test_one_worker_on_ray_is_one_worker_in_a_thread(cluster, environment):
     assert_equal_runs(train(built, ray="auto"), train(built))
 
 
-@pytest.mark.parametrize("environment", ["CartPole-v1", "gymnasium:CartPole-v1"])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        "CartPole-v1",
+        pytest.param("gymnasium:CartPole-v1", marks=pytest.mark.slow),
+        pytest.param("ale:pong", marks=pytest.mark.slow),
+    ],
+)
 def test_the_schedule_of_a_run_on_ray_repeats_it_in_one_thread(cluster, environment):
+    if environment.startswith("ale:"):
+        pytest.importorskip("ale_py")
     built = program(config_of(environment, num_workers=3))
     result = train(built, ray="auto")
     assert len(set(result.schedule.worker.tolist())) > 1
-    assert len(result.episodes.worker) > 0
+    assert len(result.episodes.worker) > 0 or environment == "ale:pong"
     assert_equal_runs(result, replay(built, result.schedule))
 
 
@@ -98,6 +109,50 @@ def test_rows_show_what_an_exchange_takes(cluster):
     train(program(config_of()), ray="auto", on_progress=rows.append)
     assert rows[-1]["exchange_milliseconds"] > 0
     assert rows[-1]["step_milliseconds"] > 0
+    (node,) = ray.nodes()
+    name = f"{node['NodeManagerAddress']}-{node['NodeID'][:6]}"
+    assert rows[-1][f"steps_per_second/{name}"] > 0
+    assert rows[-1][f"exchange_milliseconds/{name}"] > 0
+
+
+def test_the_rates_of_a_machine_are_those_of_the_last_seconds(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(ray_nodes.time, "monotonic", lambda: clock[0])
+    nodes = ray_nodes.Nodes(steps_per_update=20)
+    clock[0] = 102.0
+    for exchange in (0.001, 0.003):
+        nodes.count("a", exchange)
+    nodes.count("b", 0.005)
+    # In the 2 seconds of the run: 2 x 20 and 1 x 20 steps.
+    assert nodes.metrics() == {
+        "steps_per_second/a": 20.0,
+        "exchange_milliseconds/a": pytest.approx(2.0),
+        "steps_per_second/b": 10.0,
+        "exchange_milliseconds/b": pytest.approx(5.0),
+    }
+    clock[0] = 112.5
+    nodes.count("a", 0.004)
+    # In the last 10 seconds b has made no step, and a one.
+    assert nodes.metrics() == {
+        "steps_per_second/a": 2.0,
+        "exchange_milliseconds/a": pytest.approx(4.0),
+        "steps_per_second/b": 0.0,
+    }
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_an_address_where_nothing_answers_is_refused_at_once(tmp_path, by):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"  # free again after the block
+    variables = {"RAY_ADDRESS": address} if by == "variable" else {}
+    source, given = ("RAY_ADDRESS", "auto") if by == "variable" else ("RayOptions.address", address)
+    command = [sys.executable, "-m", "experiments.cartpole", "--ray", given]
+    run = subprocess.run(
+        [*command, "--run-dir", str(tmp_path / "run")],
+        env=os.environ | variables, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert run.returncode == 2, run.stderr
+    assert f"error: {source} must be that of a running Ray cluster, got '{address}'" in run.stderr
 
 
 def test_more_workers_than_the_cluster_has_room_for_share_what_there_is(cluster):

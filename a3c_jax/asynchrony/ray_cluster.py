@@ -9,10 +9,14 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+_CONNECT_SECONDS = 10.0
+"""How long an address may take to answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,7 @@ def _connect(options: RayOptions, num_processes: int) -> None:
         # Ray's own processes are forked, and at once replaced by other programs, which is what JAX warns of.
         warnings.filterwarnings("ignore", message=".*os.fork")
         if options.address != "local":
+            _check_answers(options.address)
             try:
                 ray.init(address=options.address, logging_level=logging.WARNING)
                 return
@@ -94,6 +99,26 @@ def _connect(options: RayOptions, num_processes: int) -> None:
         ray.init(
             address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING
         )
+
+
+def _check_answers(address: str) -> None:
+    """Tries whether something listens at an address, because Ray waits for minutes where nothing does.
+
+    Raises:
+      ConnectionError: if nothing does.
+    """
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, _, port = named.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():
+        return  # no address, or one that Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except OSError as error:
+        source = "RAY_ADDRESS" if address == "auto" else "RayOptions.address"
+        raise ConnectionError(
+            f"{source} must be that of a running Ray cluster, got {named!r}, where nothing answers ({error}); "
+            'start one with `ray start --head`, or give "local".'
+        ) from error
 
 
 @contextlib.contextmanager

@@ -26,8 +26,9 @@ from a3c_jax.asynchrony.ray_cluster import (
     is_done,
     lost_errors,
 )
+from a3c_jax.asynchrony.ray_nodes import Nodes, StepProcessOnRay, TimedReport
 from a3c_jax.asynchrony.signals import raise_noted
-from a3c_jax.asynchrony.step_process import Forms, StepProcess, recipe_of
+from a3c_jax.asynchrony.step_process import Forms, recipe_of
 from a3c_jax.asynchrony.thread_pools import BLAS, XLA, thread_counts
 from a3c_jax.asynchrony.threads import Step, StepAbandoned
 
@@ -35,24 +36,6 @@ _POLL = 0.1
 """Seconds between two looks at whether a process is ready."""
 _CLOSE_SECONDS = 15.0
 """How long to wait until the processes have closed their environments."""
-
-
-class _Report:
-    """A report, with the times of the exchange among its metrics."""
-
-    def __init__(self, report: Any, step_seconds: float, all_seconds: float) -> None:
-        self.num_episodes, self.episodes = report.num_episodes, report.episodes
-        self._report, self._times = report, (step_seconds, all_seconds)
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """See `a3c_jax.worker.SegmentReport`."""
-        step, everything = self._times
-        return {
-            **self._report.metrics,
-            "step_milliseconds": 1e3 * step,
-            "exchange_milliseconds": 1e3 * (everything - step),
-        }
 
 
 class _Place:
@@ -66,7 +49,10 @@ class _Place:
 
     Attributes:
       deaths: how many times in a row it has died.
+      node: the name of the machine where it was when it was last ready.
     """
+
+    node = ""
 
     def __init__(self, make: Any, recipe: Any, max_deaths: int, stopping: threading.Event) -> None:
         self._make, self._recipe, self._max_deaths = make, recipe, max_deaths
@@ -83,10 +69,11 @@ class _Place:
 
     def ready(self, seconds: float = 0.0) -> Any:
         """The process, if it can step now or after a while; None if not. Raises what was raised while it was built."""
-        actor, _, built = self._process
+        actor, arrived, built = self._process
         if self._ready is not actor and is_done(built, seconds):
             try:
                 get(built)
+                self.node = get(arrived)
                 self._ready = actor
             except lost_errors() as error:
                 self.replace(actor, error)
@@ -137,10 +124,11 @@ class _Workers:
         self._options, self._stopping = options, stopping
         params, state = program.initial_params(), program.initial_states()[0]
         self._forms = Forms.of(program.step, params, state)
+        self._nodes = Nodes(program.config.steps_per_update)
         self._newest: dict[int, tuple[Any, Any]] = {}  # by worker: an actor, and the state it has
         self._warned = False
         counts = thread_counts()
-        remote = ray.remote(StepProcess).options(
+        remote = ray.remote(StepProcessOnRay).options(
             num_cpus=options.cpus_per_process,
             max_concurrency=options.workers_per_process,
             runtime_env={"env_vars": _variables(counts)},
@@ -181,9 +169,9 @@ class _Workers:
             gradients, state, report, seconds = bare
             state = self._forms.state.dressed(state)
             self._newest[worker] = (actor, state)
-            report = _Report(
-                self._forms.report.dressed(report), seconds, time.perf_counter() - began
-            )
+            exchange = time.perf_counter() - began - seconds
+            self._nodes.count(place.node, exchange)
+            report = TimedReport(self._forms.report.dressed(report), seconds, exchange, self._nodes)
             return self._forms.gradients.dressed(gradients), state, report
 
     def _find(self, worker: int) -> tuple[_Place, Any]:

@@ -102,9 +102,6 @@ class StepProcess:
         sys.path += [folder for folder in path if folder not in sys.path]
         self._states: dict[int, Any] = {}
 
-    def arrive(self) -> None:
-        """Does nothing: as soon as a call of it returns, the process runs."""
-
     def build(self, recipe: bytes) -> None:
         """Compiles the worker step; takes what `recipe_of` gave."""
         import cloudpickle
