@@ -96,8 +96,9 @@ def goes_on_and_replays(settings, environment, tmp_path, cuts):
         warnings.simplefilter("error", RuntimeWarning)
         for updates in cuts:
             checkpoint = cut_short(settings, updates, tmp_path, environment, resume=checkpoint)
-            assert checkpoint.states["episode_length"].max() > 0
             assert_exact_counters(checkpoint)
+        while checkpoint.states["episode_length"].max() == 0:  # all stand at an episode's start
+            checkpoint = cut_short(settings, 1, tmp_path, environment, resume=checkpoint)
         result = train(settings, environment, resume=checkpoint)
         assert_equal_runs(replay(settings, result.schedule, environment), result)
         assert_equal_runs(replay(settings, result.schedule, environment, start=checkpoint), result)
