@@ -72,15 +72,7 @@ def parent(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-@pytest.mark.parametrize("environment", ["CartPole-v1", "gymnasium:CartPole-v1", "ale:pong"])
-def test_one_worker_on_ray_is_one_worker_in_a_thread(cluster, environment):
-    if environment.startswith("ale:"):
-        pytest.importorskip("ale_py")
-    built = program(config_of(environment, max_steps=8 * 12))
-    assert_equal_runs(train(built, ray="auto"), train(built))
-
-
-@pytest.mark.parametrize(
+EVERY_KIND = pytest.mark.parametrize(
     "environment",
     [
         "CartPole-v1",
@@ -88,6 +80,17 @@ def test_one_worker_on_ray_is_one_worker_in_a_thread(cluster, environment):
         pytest.param("ale:pong", marks=pytest.mark.slow),
     ],
 )
+
+
+@EVERY_KIND
+def test_one_worker_on_ray_is_one_worker_in_a_thread(cluster, environment):
+    if environment.startswith("ale:"):
+        pytest.importorskip("ale_py")
+    built = program(config_of(environment, max_steps=8 * 12))
+    assert_equal_runs(train(built, ray="auto"), train(built))
+
+
+@EVERY_KIND
 def test_the_schedule_of_a_run_on_ray_repeats_it_in_one_thread(cluster, environment):
     if environment.startswith("ale:"):
         pytest.importorskip("ale_py")
@@ -155,6 +158,7 @@ def test_an_address_where_nothing_answers_is_refused_at_once(tmp_path, by):
     assert f"error: {source} must be that of a running Ray cluster, got '{address}'" in run.stderr
 
 
+@pytest.mark.slow
 def test_more_workers_than_the_cluster_has_room_for_share_what_there_is(cluster):
     built = program(config_of(num_workers=4))
     with pytest.warns(RuntimeWarning, match="has no place for some"):
@@ -162,6 +166,7 @@ def test_more_workers_than_the_cluster_has_room_for_share_what_there_is(cluster)
     assert_equal_runs(result, replay(built, result.schedule))
 
 
+@pytest.mark.slow
 def test_a_run_on_ray_goes_on_from_its_checkpoint_in_threads_and_back(cluster, tmp_path):
     short, whole = (program(config_of(max_steps=8 * n)) for n in (20, 40))
     train(short, ray="auto", checkpoints=CheckpointFolder(tmp_path))
@@ -230,6 +235,7 @@ def test_ctrl_c_is_ours_again_after_a_run(cluster):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_messages_do_not_pile_up_in_the_object_store(cluster, monkeypatch):
     sizes = []
     copied = Form.bare
@@ -369,12 +375,11 @@ def train_under_fire(built, kills, options="auto", seconds=(0.1, 0.5), then=None
         killer.join()
 
 
-@pytest.mark.parametrize(("environment", "updates"), [("CartPole-v1", 1_000), (SYNC_CARTPOLE, 300)])
-def test_a_process_that_is_killed_leaves_no_trace_in_the_run(cluster, environment, updates):
-    built = program(config_of(environment, num_workers=2, max_steps=8 * updates))
+def test_a_process_that_is_killed_leaves_no_trace_in_the_run(cluster):
+    built = program(config_of(num_workers=2, max_steps=8 * 1_000))
     result, killed = train_under_fire(built, 1)
     assert killed == 1
-    assert result.version == updates
+    assert result.version == 1_000
     assert_equal_runs(result, replay(built, result.schedule))
 
 
@@ -391,6 +396,7 @@ def test_twenty_processes_that_are_killed_leave_no_trace_in_the_run(cluster, env
     assert_equal_runs(result, replay(built, result.schedule))
 
 
+@pytest.mark.slow
 def test_a_process_that_always_dies_ends_the_run(cluster):
     from a3c_jax.host_environment import HostEnvironment
 

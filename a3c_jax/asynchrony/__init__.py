@@ -22,6 +22,7 @@
 | `program`     | `build`: what a configuration describes, compiled once and run often                   |
 | `step_process` | what runs in a process that only makes steps of workers                              |
 | `ray_cluster` | the connection to a Ray cluster                                                        |
+| `ray_nodes`   | a step process on Ray, and what each machine does, for metrics                         |
 | `ray_workers` | steps in processes of their own, on one machine or many, by Ray                        |
 | `result`      | `TrainResult`: what a run leaves behind                                                |
 | `run`         | one run of a program: what `train` and `replay` have in common                         |
