@@ -35,10 +35,15 @@ from experiments.run_folder import write_json
 
 TASKS = {
     "CartPole-v1": A3CConfig(max_steps=300_000),
-    "Acrobot-v1": A3CConfig(max_steps=500_000),
+    "Acrobot-v1": A3CConfig(max_steps=1_000_000),
     "Catch-bsuite": A3CConfig(max_steps=200_000),
     "Breakout-MinAtar": dataclasses.replace(
-        minatar.PRESETS["breakout"], learning_rate_schedule="constant", max_steps=1_000_000
+        minatar.PRESETS["breakout"],
+        envs_per_worker=8,
+        torso="mlp",
+        entropy_cost=0.01,
+        learning_rate_schedule="constant",
+        max_steps=1_000_000,
     ),
 }
 """The settings for each environment. Others are played with those of CartPole-v1."""
@@ -57,7 +62,7 @@ class Arguments:
     """Optimizers to compare."""
     draws: int = 50
     """How many learning rates to draw for each optimizer."""
-    low: float = 1e-4
+    low: float = 1e-5
     """The smallest learning rate."""
     high: float = 1e-1
     """The largest learning rate."""
