@@ -2,16 +2,35 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from a3c_jax import SimulationResult
 from a3c_jax.config import A3CConfig
 from experiments.measurements import robustness
 from experiments.measurements.robustness import Arguments
-from experiments.measurements.simulated import Run, Scores
+from experiments.measurements.simulated import Run, Scores, final_return
 
 CONFIG = A3CConfig(num_workers=1, hidden_sizes=(8,), max_steps=2000, nonfinite="skip")
 RUNS = [Run(delay, rate, seed) for rate in (0.01, 0.03) for seed in (0, 1) for delay in (0, 2)]
+
+
+def test_a_run_is_scored_by_its_last_tenth_or_its_last_hundred_episodes():
+    # Twenty updates: the last tenth are two. In the first run 100 episodes and more end there; in the second only
+    # 20 do, and the update before them counts as well; in the third none do at all.
+    count, value = np.zeros((3, 20), np.int32), np.full((3, 20), -99.0, np.float32)
+    count[:, 3], count[0, 17:], count[1, 17:], value[:, 17:] = (
+        7,
+        [50, 60, 40],
+        [85, 20, 0],
+        [1, 2, 3],
+    )
+    count[2] = 0
+    result = SimulationResult(None, jnp.array(count), jnp.array(value), {}, None)
+    scores = np.asarray(final_return(result))
+    np.testing.assert_allclose(scores[:2], [(120 + 120) / 100, (85 + 40) / 105], rtol=1e-6)
+    assert np.isnan(scores[2])
 
 
 def ignore(count):

@@ -5,7 +5,8 @@ log-uniform distribution, and trains once with each, from another random start. 
 turns, as in the paper, are simulated (`a3c_jax.make_simulation`), many runs side by side. All optimizers get the same
 draws, momentum SGD ten times as large ones, because its steps add up to ten times the rate.
 
-A run's score is the mean return of the episodes that ended in the last tenth of its updates. A draw is *good* if its score
+A run's score is the mean return of the episodes that ended in the last tenth of its updates, and of its last 100 episodes
+if fewer ended there. A draw is *good* if its score
 is within 10 % of the best of all optimizers, on a scale that begins at what a run scores that learns nothing. The table
 shows the share of good draws with a 95 % bootstrap interval, and over how many factors of ten they would reach if
 they lay side by side. It leaves `robustness.json`, `robustness.png` and `robustness.pdf` in its run folder. A command

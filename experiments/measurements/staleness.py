@@ -3,7 +3,8 @@
 Every update of a run is computed from the parameters of d updates ago (`a3c_jax.fixed_delay`), for each delay d, each
 optimizer and each algorithm. No thread runs: many seeds and learning rates are simulated side by side (`a3c_jax.make_simulation`).
 
-The score of a run is the mean return of the episodes that ended in the last tenth of its updates. First, seeds that
+The score of a run is the mean return of the episodes that ended in the last tenth of its updates, and of its last 100
+episodes if fewer ended there. First, seeds that
 are not reported choose learning rates by their mean score: for each line of the picture the best one at the smallest
 delay, and the best one at each delay. Then fresh seeds are scored with both. Shown are their interquartile mean and a 95 %
 interval from a bootstrap over the seeds. It prints the table, and leaves `staleness.json`, `staleness.png` and
