@@ -1,10 +1,22 @@
 """Shared set-up: programs that several tests compile are compiled once for the session."""
 
 import os
+import sys
 import tempfile
 
 _cache = tempfile.TemporaryDirectory(prefix="a3c-jax-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name  # also read by the processes that tests start
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import pytest  # noqa: E402
+
 import a3c_jax.environments  # noqa: E402, F401  (sets how JAX runs on CPU before a test starts it)
+
+
+@pytest.fixture
+def switching_often():
+    """Lets threads take turns after every few bytecodes, so that what is not safe between them shows."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)

@@ -14,6 +14,8 @@ from faults import no_file_larger_than, no_more_file_handles
 from a3c_jax.asynchrony.logs import Log, StoredLog, map_rows
 from a3c_jax.asynchrony.records import Schedule, make_episode_log, make_schedule_log
 
+pytestmark = pytest.mark.usefixtures("switching_often")
+
 WRITTEN = [("number", "<i4"), ("square", "<f8")]
 
 

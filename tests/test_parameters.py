@@ -15,6 +15,8 @@ from a3c_jax.asynchrony.parameters import NonFiniteError, Schedule, SharedParame
 from a3c_jax.asynchrony.program import compile_updater
 from a3c_jax.optimizers import Updater, make_optimizer, make_updater
 
+pytestmark = pytest.mark.usefixtures("switching_often")
+
 TIMEOUT = 30.0
 TREE = {"dense": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.array([0.5, -0.5, 1.0])}}
 SGD = Updater(*map(jax.jit, make_updater(optax.sgd(1.0))))  # compiled once for all tests

@@ -18,6 +18,8 @@ from a3c_jax.asynchrony.parameters import SharedParameters
 from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
 from a3c_jax.optimizers import Updater, make_optimizer, make_updater
 
+pytestmark = pytest.mark.usefixtures("switching_often")
+
 TIMEOUT = 20.0
 SGD = Updater(*map(jax.jit, make_updater(optax.sgd(1.0))))  # compiled once for all tests
 

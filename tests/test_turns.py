@@ -7,6 +7,8 @@ import pytest
 
 from a3c_jax.asynchrony.turns import Turns
 
+pytestmark = pytest.mark.usefixtures("switching_often")
+
 TIMEOUT = 20.0
 
 
