@@ -18,7 +18,8 @@ import numpy as np
 from experiments.command_line import parse
 from experiments.run_folder import make_run_dir, write_json
 
-COLUMNS = ("steps", "seconds", "import", "setup", "compile", "train", "greedy", "sampled")
+COLUMNS = ("steps", "seconds", "import", "setup", "compile", "train", "prompt", "greedy", "sampled")
+"""`seconds` is until it is solved, `prompt` until the process has ended, with evaluation and picture."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ def run_seed(experiment: str, seed: int, run_dir: Path, options: list[str]) -> d
     command += ["--run-dir", str(run_dir), "--no-progress", *options]
     started = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
+    ended = time.time()
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr}")
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
@@ -78,6 +80,7 @@ def run_seed(experiment: str, seed: int, run_dir: Path, options: list[str]) -> d
         **summary["seconds"],
         **{name: summary["evaluation"][name]["mean"] for name in ("greedy", "sampled")},
         "seconds": summary["trained_at"] - started,
+        "prompt": ended - started,
     }
 
 
