@@ -1,19 +1,26 @@
 """What a finished run leaves in its folder: parameters, evaluation, summary, picture."""
 
 import contextlib
+import importlib
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import serialization
 
 import a3c_jax
 import experiments
+from a3c_jax.asynchrony.evaluation import Policy
 from a3c_jax.asynchrony.signals import raise_noted
 from a3c_jax.asynchrony.whole_files import writing_whole
+from a3c_jax.host_environment import HostEnvironment
 from experiments.command_line import Options
 from experiments.run_folder import write_json
 
@@ -52,6 +59,8 @@ def report(
     # Before the evaluation, so that they are there if that is interrupted.
     writer.write(lambda: save_params(result, run_dir))
     writer.write(lambda: write_json(run_dir / "summary.json", summary))
+    # Loading what draws the picture takes as long as compiling an evaluation.
+    threading.Thread(target=importlib.import_module, args=["experiments.plotting"]).start()
     with _saying_what_is_saved(run_dir):
         evaluations = evaluate_policies(result, options.evaluation_episodes)
         print_evaluation(evaluations)
@@ -125,22 +134,47 @@ def evaluate_policies(
     result: "a3c_jax.TrainResult | a3c_jax.LoadedRun", num_episodes: int
 ) -> Evaluations:
     """The returns of the final policy, greedy and sampled, and of the random one, over fresh episodes."""
-    evaluations = {}
     environment: Any = result.environment
-    for name, policy in (
-        ("greedy", a3c_jax.greedy_policy(result.network)),
-        ("sampled", a3c_jax.sampled_policy(result.network)),
-        ("random", a3c_jax.random_policy(environment)),
-    ):
+    policies = {
+        "greedy": a3c_jax.greedy_policy(result.network),
+        "sampled": a3c_jax.sampled_policy(result.network),
+        "random": a3c_jax.random_policy(environment),
+    }
+
+    def play(policy: Policy, num_episodes: int) -> np.ndarray:
         raise_noted()
-        returns = a3c_jax.evaluate(
+        return a3c_jax.evaluate(
             policy, result.params, environment, result.evaluation_key, num_episodes
         ).returns
-        evaluations[name] = {
-            statistic: float(getattr(returns, statistic)())
-            for statistic in ("mean", "std", "min", "max")
-        }
-    return evaluations
+
+    if isinstance(environment, HostEnvironment):
+        returns = [play(policy, num_episodes) for policy in policies.values()]
+    else:  # as one program, because compiling takes longer than playing
+        beside = _side_by_side(list(policies.values()))
+        returns = np.split(play(beside, num_episodes * len(policies)), len(policies))
+    raise_noted()
+    return {
+        name: {of: float(getattr(own, of)()) for of in ("mean", "std", "min", "max")}
+        for name, own in zip(policies, returns, strict=True)
+    }
+
+
+def _side_by_side(policies: Sequence[Policy]) -> Policy:
+    """A policy by which the first environments are played by the first policy, as many by the second, and so on."""
+
+    def act(params: Any, key: Any, observation: Any, carries: Any) -> tuple[Any, Any]:
+        each = len(jax.tree.leaves(observation)[0]) // len(policies)
+        actions, new_carries = [], []
+        for n, (policy, carry) in enumerate(zip(policies, carries, strict=True)):
+            own = jax.tree.map(lambda x, n=n: x[n * each : (n + 1) * each], observation)
+            action, carry = policy.act(params, key, own, carry)
+            actions.append(action)
+            new_carries.append(carry)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *actions), new_carries
+
+    return Policy(
+        act, lambda num_envs: [p.initialize_carry(num_envs // len(policies)) for p in policies]
+    )
 
 
 def summarize(result: a3c_jax.TrainResult) -> dict[str, Any]:

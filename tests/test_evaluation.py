@@ -11,6 +11,7 @@ from small_runs import program
 from a3c_jax import A3CConfig, evaluate, greedy_policy, make, random_policy, sampled_policy, train
 from a3c_jax.asynchrony.evaluation import Policy
 from a3c_jax.networks import ActorCritic
+from experiments.report import _side_by_side
 
 
 class TwoLengths(Probe):
@@ -36,6 +37,22 @@ def test_each_environment_counts_its_first_episode_from_start_to_end():
     assert set(lengths) == {1, 9}
     # Counting the first 200 episodes to end would count nearly nine short ones for each long one.
     assert 70 < (lengths == 9).sum() < 130
+
+
+def counting(first):
+    """Takes action 1 as soon as it has acted so many times: it has a memory."""
+
+    def act(params, key, observation, carry):
+        return (carry >= first).astype(jnp.int32), carry + 1
+
+    return Policy(act, lambda num_envs: jnp.zeros(num_envs, jnp.int32))
+
+
+def test_policies_side_by_side_play_as_many_environments_each_with_their_own_memory():
+    environment = Probe(5, lambda sign, action, last: action)  # the return counts the actions 1
+    beside = _side_by_side([constant(1), counting(3), constant(0), counting(1)])
+    returns, _ = evaluate(beside, None, environment, jax.random.key(0), 8)
+    np.testing.assert_array_equal(returns, [5, 5, 2, 2, 0, 0, 4, 4])
 
 
 def test_a_time_limit_ends_an_episode_too():
