@@ -10,7 +10,7 @@ from a3c_jax import SimulationResult
 from a3c_jax.config import A3CConfig
 from experiments.measurements import robustness
 from experiments.measurements.robustness import Arguments
-from experiments.measurements.simulated import Run, Scores, final_return
+from experiments.measurements.simulated import Run, Scores
 
 CONFIG = A3CConfig(num_workers=1, hidden_sizes=(8,), max_steps=2000, nonfinite="skip")
 RUNS = [Run(delay, rate, seed) for rate in (0.01, 0.03) for seed in (0, 1) for delay in (0, 2)]
@@ -28,7 +28,7 @@ def test_a_run_is_scored_by_its_last_tenth_or_its_last_hundred_episodes():
     )
     count[2] = 0
     result = SimulationResult(None, jnp.array(count), jnp.array(value), {}, None)
-    scores = np.asarray(final_return(result))
+    scores = np.asarray(result.final_return(least_episodes=100))
     np.testing.assert_allclose(scores[:2], [(120 + 120) / 100, (85 + 40) / 105], rtol=1e-6)
     assert np.isnan(scores[2])
 

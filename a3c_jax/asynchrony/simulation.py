@@ -40,16 +40,22 @@ class SimulationResult(NamedTuple):
     metrics: dict[str, Array]
     applied: Array
 
-    def final_return(self, fraction: float = 0.1) -> Array:
+    def final_return(self, fraction: float = 0.1, least_episodes: int = 0) -> Array:
         """Mean return of the episodes that ended in the last part of the run, `[]`; NaN if none ended.
+
+        A policy that never fails may end no episode there, because its environments all reach the time limit at
+        once. So ask for a number of episodes to compare policies as good as that.
 
         Args:
           fraction: which part of the updates counts, in (0, 1].
+          least_episodes: count as many updates before that part as are needed for so many episodes.
         """
-        last = -max(1, round(fraction * self.num_episodes.shape[-1]))
-        count = self.num_episodes[..., last:]
-        total = jnp.sum(count * self.episode_return[..., last:], axis=-1)
-        return total / jnp.sum(count, axis=-1)
+        num_updates = self.num_episodes.shape[-1]
+        is_late = jnp.arange(num_updates) >= num_updates - max(1, round(fraction * num_updates))
+        until_the_end = jnp.cumsum(self.num_episodes[..., ::-1], axis=-1)[..., ::-1]
+        is_needed = until_the_end - self.num_episodes < least_episodes
+        count = jnp.where(is_late | is_needed, self.num_episodes, 0)
+        return jnp.sum(count * self.episode_return, axis=-1) / jnp.sum(count, axis=-1)
 
 
 Settings = Any  # a learning rate, or a dict of fields of the configuration

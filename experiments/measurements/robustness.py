@@ -51,6 +51,8 @@ TASKS = {
 
 NOTHING = 1e-12
 """A learning rate at which nothing is learned."""
+NUM_NOTHING = 5
+"""How many runs that learn nothing are averaged."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,10 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     draw([run_dir / "robustness.png", run_dir / "robustness.pdf"], parsed, found)
     print(f"\nrun folder: {run_dir}")
     return run_dir
-
-
-NUM_NOTHING = 5
-"""How many runs that learn nothing are averaged."""
 
 
 def play(parsed: Arguments, environment: str, scores: Scores, bar: Any) -> list[Found]:

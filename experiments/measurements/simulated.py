@@ -11,17 +11,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from a3c_jax.config import A3CConfig, Optimizer, available_cores
 from experiments.run_folder import make_run_dir, read_json, write_json
-
-if TYPE_CHECKING:  # importing them loads JAX, --help does not
-    import jax
-
-    from a3c_jax import SimulationResult
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of Okabe and Ito
 OPTIMIZERS: dict[Optimizer, str] = {
@@ -31,10 +26,6 @@ OPTIMIZERS: dict[Optimizer, str] = {
     "adam": "Adam",
 }
 """What optimizers are called in tables and pictures."""
-
-
-LAST_EPISODES = 100
-"""A run is scored by so many episodes at least, if it has so many."""
 
 
 class Run(NamedTuple):
@@ -125,20 +116,9 @@ def _simulation(config: A3CConfig, max_delay: int, batch: int) -> Score:
             jax.tree.map(lambda *columns: np.stack(columns).astype(np.int32), *schedules),
         )
 
-    function = jax.jit(lambda *arguments: final_return(simulate(*arguments)))
+    function = jax.jit(lambda *arguments: simulate(*arguments).final_return(least_episodes=100))
     compiled = function.lower(*inputs([Run(0, 1.0, 0)])).compile()
     return lambda runs: np.asarray(compiled(*inputs(runs)))[: len(runs)]
-
-
-def final_return(result: "SimulationResult") -> "jax.Array":
-    """The scores of runs, `[B]`; NaN where no episode ended. The result's arrays are `[B, updates]`."""
-    import jax.numpy as jnp
-
-    count = result.num_episodes
-    until_the_end = jnp.cumsum(count[:, ::-1], axis=1)[:, ::-1]
-    is_late = jnp.arange(count.shape[1]) >= count.shape[1] - max(1, round(0.1 * count.shape[1]))
-    counted = jnp.where(is_late | (until_the_end - count < LAST_EPISODES), count, 0)
-    return jnp.sum(counted * result.episode_return, axis=1) / jnp.sum(counted, axis=1)
 
 
 def start_or_go_on(name: str, run_dir: Path | None, arguments: dict[str, Any]) -> Path:
