@@ -12,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import a3c_jax
 from a3c_jax import A3CConfig, CheckpointFolder, WorkerError, find_checkpoint
@@ -237,3 +238,11 @@ def assert_exact_counters(checkpoint):
     updates = episodes.environment_steps // config.steps_per_update - 1
     np.testing.assert_array_equal(schedule.worker[updates], episodes.worker)
     assert (np.diff(updates) >= 0).all()
+
+
+def refused(capsys, program, arguments):
+    """What a script prints that refuses its arguments, in one line."""
+    with pytest.raises(SystemExit) as caught:
+        program.main(arguments)
+    assert caught.value.code == 2
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())

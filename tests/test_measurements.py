@@ -10,6 +10,7 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from small_runs import refused
 
 import a3c_jax
 from a3c_jax import A3CConfig, _compiled
@@ -34,13 +35,6 @@ def check_picture(path):
     image = matplotlib.image.imread(path)[..., :3]
     assert min(image.shape[:2]) > 200
     assert np.mean(np.any(image < 0.9, axis=-1)) > 0.01, "it is blank"
-
-
-def refused(capsys, program, arguments):
-    with pytest.raises(SystemExit) as caught:
-        program.main(arguments)
-    assert caught.value.code == 2
-    return " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 # The synchronous loop.

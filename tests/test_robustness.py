@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_runs import refused
 
 from a3c_jax import SimulationResult
 from a3c_jax.config import A3CConfig
@@ -111,10 +112,7 @@ def test_wrong_options_end_with_their_reason_and_leave_no_folder(
     tmp_path, capsys, options, message
 ):
     folder = tmp_path / "run"
-    with pytest.raises(SystemExit) as caught:
-        robustness.main([*options, "--run-dir", str(folder)])
-    assert caught.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in refused(capsys, robustness, [*options, "--run-dir", str(folder)])
     assert not folder.exists()
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from small_runs import refused
 
 from experiments.measurements import staleness
 from experiments.measurements.staleness import Arguments, Line
@@ -84,10 +85,7 @@ def test_wrong_options_end_with_their_reason_and_leave_no_folder(
     tmp_path, capsys, options, message
 ):
     folder = tmp_path / "run"
-    with pytest.raises(SystemExit) as caught:
-        staleness.main([*options, "--run-dir", str(folder)])
-    assert caught.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in refused(capsys, staleness, [*options, "--run-dir", str(folder)])
     assert not folder.exists()
 
 

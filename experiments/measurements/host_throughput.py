@@ -119,9 +119,7 @@ class Traced:
 
         self.trace.workers.clear()
         usage, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        result, _ = timing.train_for(
-            self.program.replace(num_workers=workers), seconds, interval=0.2
-        )
+        result, _ = timing.train_for(self.program.replace(num_workers=workers), seconds)
         used = timing.used_since(usage)
         ends = sorted(end for calls in self.trace.workers.values() for _, end in calls["learn"])
         return timing.Measurement(

@@ -30,6 +30,7 @@ from experiments.measurements.simulated import (
     OPTIMIZERS,
     Run,
     Scores,
+    check,
     start_or_go_on,
 )
 from experiments.run_folder import write_json
@@ -79,19 +80,11 @@ class Arguments:
     """Folder for the results. By default a new one under runs/. If it holds the same command's, that one goes on."""
 
     def __post_init__(self) -> None:
-        for name, minimum in (("draws", 3), ("batch", 1)):
-            if (value := getattr(self, name)) < minimum:
-                raise ValueError(f"{name} must be >= {minimum}, got {value}; use more.")
+        check(self, "environments", "optimizers", draws=3, batch=1)
         if not 0 < self.low < self.high < np.inf:
             raise ValueError(
                 f"low and high must be positive, and low the smaller one, got {self.low} and {self.high}; exchange them."
             )
-        for name in ("environments", "optimizers"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(
-                    f"{name} must be one or more, each once, got {values}; remove the repetitions."
-                )
         for environment in self.environments:
             self.config(environment, self.optimizers[0])  # refuses what cannot be
 

@@ -121,6 +121,28 @@ def _simulation(config: A3CConfig, max_delay: int, batch: int) -> Score:
     return lambda runs: np.asarray(compiled(*inputs(runs)))[: len(runs)]
 
 
+def check(arguments: Any, *lists: str, **minima: int) -> None:
+    """Refuses numbers that are too small, and lists that are empty or name something twice.
+
+    Args:
+      arguments: the arguments of a command.
+      *lists: the names of those that hold several values; None passes.
+      **minima: the smallest value of each of these.
+
+    Raises:
+      ValueError: with the name, the rule, the value and a remedy.
+    """
+    for name, minimum in minima.items():
+        if (value := getattr(arguments, name)) < minimum:
+            raise ValueError(f"{name} must be >= {minimum}, got {value}; use more.")
+    for name in lists:
+        values = getattr(arguments, name)
+        if values is not None and (not values or len(set(values)) < len(values)):
+            raise ValueError(
+                f"{name} must be one or more, each once, got {values}; remove the repetitions."
+            )
+
+
 def start_or_go_on(name: str, run_dir: Path | None, arguments: dict[str, Any]) -> Path:
     """A new folder for results, or the one in which the same command was begun.
 

@@ -30,6 +30,7 @@ from experiments.measurements.simulated import (
     Run,
     Score,
     Scores,
+    check,
     start_or_go_on,
 )
 from experiments.run_folder import write_json
@@ -76,15 +77,8 @@ class Arguments:
     """Folder for the results. By default a new one under runs/. If it holds the same command's, that one goes on."""
 
     def __post_init__(self) -> None:
-        for name, minimum in (("seeds", 2), ("tuning_seeds", 1), ("batch", 1)):
-            if (value := getattr(self, name)) < minimum:
-                raise ValueError(f"{name} must be >= {minimum}, got {value}; use more.")
-        for name in ("optimizers", "algorithms", "delays", "rates"):
-            values = getattr(self, name)
-            if values is not None and (not values or len(set(values)) < len(values)):
-                raise ValueError(
-                    f"{name} must be one or more, each once, got {values}; remove the repetitions."
-                )
+        lists = ("optimizers", "algorithms", "delays", "rates")
+        check(self, *lists, seeds=2, tuning_seeds=1, batch=1)
         if min(self.delays) < 0:
             raise ValueError(f"delays must be >= 0, got {min(self.delays)}; use 0 for no delay.")
         object.__setattr__(self, "delays", tuple(sorted(self.delays)))

@@ -87,7 +87,7 @@ def asynchronous(program: Program) -> Measure:
 
 
 def train_for(
-    program: Program, seconds: float, *, interval: float = 0.25, ray: Any = None
+    program: Program, seconds: float, *, ray: Any = None
 ) -> tuple[TrainResult, list[dict[str, Any]]]:
     """Trains for about so many seconds. Returns the result, and the rows that a sink receives."""
     rows: list[dict[str, Any]] = []
@@ -98,9 +98,7 @@ def train_for(
             raise _TimeIsUp
 
     try:
-        train(
-            program.replace(max_steps=10**12), on_progress=on_progress, interval=interval, ray=ray
-        )
+        train(program.replace(max_steps=10**12), on_progress=on_progress, interval=0.25, ray=ray)
     except SinkError as error:
         if isinstance(error.__cause__, _TimeIsUp) and error.result is not None:
             return error.result, rows
