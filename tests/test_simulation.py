@@ -1,5 +1,6 @@
 """Simulated asynchrony: the schedules by hand, and the compiled run against `train` and `replay`."""
 
+import dataclasses
 import doctest
 
 import jax
@@ -247,6 +248,54 @@ def test_the_final_return_is_the_mean_over_episodes_of_the_last_updates():
     np.testing.assert_allclose(result.final_return(1.0), [(45 + 10 + 90) / 9, 8.0])
 
 
+def test_solved_is_when_the_mean_of_the_last_episodes_first_reaches_the_value():
+    result = SimulationResult(
+        params=None,
+        num_episodes=jnp.array([[2, 0, 1, 3, 1], [1, 0, 0, 0, 0]]),
+        episode_return=jnp.array([[4.0, 0.0, 10.0, 20.0, 2.0], [80.0, 0.0, 0.0, 0.0, 0.0]]),
+        metrics={},
+        applied=jnp.ones((2, 5), bool),
+    )
+    # The last two episodes at least: 4 after update 1 and 2, (8 + 10) / 3 after 3, 20 after 4, (60 + 2) / 4 after 5.
+    for value, updates in ((4.0, 1), (4.1, 3), (6.0, 3), (6.1, 4), (20.0, 4), (20.1, np.inf)):
+        np.testing.assert_array_equal(result.updates_to_solve(value, 2), [updates, np.inf])
+    np.testing.assert_array_equal(result.updates_to_solve(9.0, 1), [3, 1])
+
+
+# Segments side by side
+
+
+@pytest.fixture(scope="module")
+def in_pairs():
+    """Two workers at once, of three. The last update has no other beside it."""
+    skips = dataclasses.replace(WORKERS, nonfinite="skip")
+    return jax.jit(make_simulation(skips, max_staleness=3, workers_at_once=2))
+
+
+@pytest.mark.parametrize("name", ["round_robin", "fixed_delay"])
+def test_segments_side_by_side_are_the_same_run(name, in_pairs):
+    simulated = in_pairs(2, 0.02, SCHEDULES[name])
+    assert simulated.applied.shape == (UPDATES,) and simulated.applied.all()
+    assert_same_run(simulated, a3c_jax.replay(program(WORKERS), SCHEDULES[name]))
+
+
+def test_a_row_that_cannot_be_changes_nothing(in_pairs):
+    worker, pulled = (column.copy() for column in fixed_delay(3, UPDATES, num_workers=3))
+    worker[7], pulled[9] = worker[6], 9  # its pair's other worker, and its pair's own first update
+    result = in_pairs(2, 0.02, Schedule(worker, pulled))
+    assert np.flatnonzero(~np.asarray(result.applied)).tolist() == [7, 9]
+    worker[7], pulled[9] = 3, -1  # rows of no worker, and from no version
+    assert_same_run(in_pairs(2, 0.02, Schedule(worker, pulled)), result, atol=0)
+
+
+def test_groups_that_cannot_be_played_side_by_side_are_refused():
+    simulate = make_simulation(config(num_workers=2), max_staleness=1, workers_at_once=2)
+    for worker, pulled in (([0, 0], [0, 0]), ([0, 1, 0, 1], [0, 0, 1, 3])):
+        schedule = Schedule(np.array(worker, np.int32), np.array(pulled, np.int64))
+        with pytest.raises(ValueError, match="workers_at_once must be such"):
+            simulate(0, 1e-3, schedule)
+
+
 # What cannot be
 
 
@@ -298,6 +347,11 @@ def test_a_schedule_that_cannot_be_is_refused(worker, pulled, message):
     ("call", "error", "message"),
     [
         (lambda: make_simulation(config(), -1), ValueError, "max_staleness must be >= 0, got -1"),
+        (
+            lambda: make_simulation(config(), 0, workers_at_once=0),
+            ValueError,
+            "workers_at_once must be >= 1, got 0",
+        ),
         (lambda: round_robin(0, 5), ValueError, "num_workers must be >= 1, got 0"),
         (lambda: fixed_delay(-1, 5), ValueError, "delay must be >= 0, got -1"),
         (lambda: fixed_delay(1.5, 5), TypeError, "delay must be an integer >= 0, got 1.5"),

@@ -57,6 +57,27 @@ class SimulationResult(NamedTuple):
         count = jnp.where(is_late | is_needed, self.num_episodes, 0)
         return jnp.sum(count * self.episode_return, axis=-1) / jnp.sum(count, axis=-1)
 
+    def updates_to_solve(self, solved_return: float, solved_window: int = 100) -> Array:
+        """After how many updates the mean return of the last episodes reached a value, `[]` float32; infinity if never.
+
+        Episodes that ended in the same update are counted together, so that the mean may be over a few more.
+
+        Args:
+          solved_return: the value.
+          solved_window: how many episodes are the last ones.
+        """
+        find = jnp.vectorize(_updates_to_solve, signature="(n),(n),(),()->()")
+        return find(self.num_episodes, self.episode_return, solved_return, solved_window)
+
+
+def _updates_to_solve(num_episodes: Array, mean_return: Array, goal: Array, window: Array) -> Array:
+    count = jnp.append(0, jnp.cumsum(num_episodes))  # after 0, 1, 2 and so on updates
+    total = jnp.append(0.0, jnp.cumsum(num_episodes * mean_return))
+    first = jnp.searchsorted(count, count - window, side="right") - 1
+    mean = (total - total[first]) / jnp.maximum(count - count[first], 1)
+    is_solved = (count >= window) & (mean >= goal)
+    return jnp.where(jnp.any(is_solved), jnp.argmax(is_solved), jnp.inf)
+
 
 Settings = Any  # a learning rate, or a dict of fields of the configuration
 Simulate = Callable[[Any, Settings, Schedule], SimulationResult]
@@ -66,6 +87,7 @@ def make_simulation(
     config: A3CConfig,
     max_staleness: int,
     *,
+    workers_at_once: int = 1,
     environment: Any = None,
     network: Any = None,
     loss: Any = None,
@@ -95,6 +117,10 @@ def make_simulation(
         annealed over `max_steps`.
       max_staleness: the largest staleness of the schedules to come. One more version of the parameters
         than this is kept.
+      workers_at_once: play the segments of so many updates side by side, and then make the updates one after the other. It
+        is the same run, up to rounding, and several times faster if segments are small. The workers of such a group must
+        all be different, and start from versions that are there before the group's first update. For `round_robin`, and
+        for a `fixed_delay` of at least `num_workers - 1`, any number up to `num_workers` will do.
       environment: what to play instead of the environment that the configuration names.
       network: what to train instead of the network that it describes.
       loss: what to minimise instead of A3C's loss, as in `a3c_jax.build`.
@@ -106,13 +132,14 @@ def make_simulation(
       `simulate(seed, learning_rate, schedule) -> SimulationResult`, with a seed in `[0, 2**32)` and a
       positive learning rate, or a dict of fields; scalars each. What a dict does not name, the configuration
       says. It is compiled once for each number of updates and set of fields. If a schedule
-      that is not traced names a worker, a version or a staleness that cannot be, it raises a ValueError;
-      such a row of a traced one is not applied.
+      that is not traced names a worker, a version or a staleness that cannot be, or a group that cannot be played side by
+      side, it raises a ValueError; such a row of a traced one is left out, and changes nothing.
 
     Raises:
-      ValueError: if `max_staleness` is negative, or if the environment is unknown or not supported.
+      ValueError: if `max_staleness` is negative, if `workers_at_once` is less than 1, or if the environment is unknown or not supported.
     """
     check_int("max_staleness", max_staleness, 0)
+    check_int("workers_at_once", workers_at_once, 1)
     objects = {"environment": environment, "network": network}
     objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
     parts = check_parts(config, **objects)
@@ -121,11 +148,11 @@ def make_simulation(
             f"a simulation is one compiled program and needs an environment written in JAX, got {parts.environment.name!r}, "
             "which runs on the host; use train, or replay with a schedule of your own."
         )
-    run = jax.jit(_make_run(config, parts, max_staleness + 1))
+    run = jax.jit(_make_run(config, parts, max_staleness + 1, workers_at_once))
 
     def simulate(seed: Any, settings: Settings, schedule: Schedule) -> SimulationResult:
         if not any(isinstance(column, jax.core.Tracer) for column in schedule):
-            _check_schedule(schedule, config.num_workers, max_staleness)
+            _check_schedule(schedule, config.num_workers, max_staleness, workers_at_once)
         fields = settings if isinstance(settings, dict) else {"learning_rate": settings}
         return run(
             jnp.asarray(seed, jnp.uint32),
@@ -136,18 +163,24 @@ def make_simulation(
     return simulate
 
 
-class _Carry(NamedTuple):
+class _Updated(NamedTuple):
     """What one simulated update hands to the next."""
 
     params: Array
     versions: Array  # the last versions of the parameters: version v is in row v % num_versions
     optimizer_state: Any
-    states: Any  # every worker's, with a leading axis
     runs: Array  # whether the run goes on: False after an update that stopped it
 
 
+class _Carry(NamedTuple):
+    """What one group of updates hands to the next."""
+
+    updated: _Updated
+    states: Any  # every worker's, with a leading axis
+
+
 def _make_run(
-    config: A3CConfig, parts: Parts, num_versions: int
+    config: A3CConfig, parts: Parts, num_versions: int, workers_at_once: int
 ) -> Callable[[Array, dict[str, Array], Schedule], SimulationResult]:
     """The whole run as a pure function of seed, traced fields of the configuration and schedule."""
     num_workers, skips = config.num_workers, config.nonfinite == "skip"
@@ -162,42 +195,59 @@ def _make_run(
         params, unravel = ravel_pytree(initial)  # one vector, so that a version is one row
         versions = jnp.zeros((num_versions, params.size), params.dtype).at[0].set(params)
 
-        def update(carry: _Carry, row: Any) -> tuple[_Carry, Any]:
-            k, worker, pulled = row
-            possible = (worker >= 0) & (worker < num_workers)
-            possible &= (pulled >= 0) & (pulled <= k) & (k - pulled < num_versions)
-
-            state = jax.tree.map(lambda x: x[worker], carry.states)
-            stale = unravel(carry.versions[pulled % num_versions])
-            gradients, new_state, report = blueprint.worker_step(stale, state)
+        def update(now: _Updated, played: Any) -> tuple[_Updated, Any]:
+            is_possible, k, worker, gradients, report = played
             new_params, optimizer_state = updater.update(
-                gradients, carry.optimizer_state, unravel(carry.params), worker
+                gradients, now.optimizer_state, unravel(now.params), worker
             )
-
-            applied = possible & optimizer_state.finite
-            runs = carry.runs & (applied | skips)
+            applied = is_possible & optimizer_state.finite
+            runs = now.runs & (applied | skips)
             applied &= runs
             params, optimizer_state = _select(
                 applied,
                 (ravel_pytree(new_params)[0], optimizer_state),
-                (carry.params, carry.optimizer_state),
+                (now.params, now.optimizer_state),
             )
-            new_state = _select(runs, new_state, state)
-            carry = _Carry(
-                params,
-                carry.versions.at[(k + 1) % num_versions].set(params),
-                optimizer_state,
-                jax.tree.map(lambda x, y: x.at[worker].set(y), carry.states, new_state),
-                runs,
-            )
-            return carry, (*_mean_return(report.episodes, runs), report.metrics, applied)
+            versions = now.versions.at[(k + 1) % num_versions].set(params)
+            counts = is_possible & runs
+            outputs = (*_mean_return(report.episodes, counts), report.metrics, applied)
+            return _Updated(params, versions, optimizer_state, runs), (counts, outputs)
 
-        carry = _Carry(params, versions, updater.init(initial), states, jnp.bool_(True))
-        rows = (jnp.arange(len(schedule.worker), dtype=jnp.int32), *schedule)
-        carry, outputs = jax.lax.scan(update, carry, rows)
-        return SimulationResult(unravel(carry.params), *outputs)
+        def update_group(carry: _Carry, rows: Any) -> tuple[_Carry, Any]:
+            updated, states = carry
+            k, worker, pulled = rows
+            is_possible = (worker >= 0) & (worker < num_workers) & _is_first(worker)
+            is_possible &= (pulled >= 0) & (pulled <= k[0]) & (k - pulled < num_versions)
+
+            stale = jax.vmap(unravel)(updated.versions[pulled % num_versions])
+            own = jax.tree.map(lambda x: x[worker], states)
+            gradients, own, report = jax.vmap(blueprint.worker_step)(stale, own)
+            played = (is_possible, k, worker, gradients, report)
+            updated, (counts, outputs) = jax.lax.scan(update, updated, played)
+
+            index = jnp.where(counts, worker, num_workers)  # what does not count is dropped
+            states = jax.tree.map(lambda x, y: x.at[index].set(y, mode="drop"), states, own)
+            return _Carry(updated, states), outputs
+
+        start = _Updated(params, versions, updater.init(initial), jnp.bool_(True))
+        num_updates = len(schedule.worker)
+        rows = _in_groups((jnp.arange(num_updates, dtype=jnp.int32), *schedule), workers_at_once)
+        carry, outputs = jax.lax.scan(update_group, _Carry(start, states), rows)
+        outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_updates], outputs)
+        return SimulationResult(unravel(carry.updated.params), *outputs)
 
     return run
+
+
+def _in_groups(columns: Any, size: int) -> Any:
+    """Columns of equal length as `[groups, size]`. The last group is filled up with rows of -1, which no worker has."""
+    missing = -len(columns[0]) % size
+    return [jnp.pad(x, (0, missing), constant_values=-1).reshape(-1, size) for x in columns]
+
+
+def _is_first(worker: Array) -> Array:
+    """Whether no earlier one of a group is the same worker's, `[size]` bool."""
+    return jnp.argmax(worker[:, None] == worker, axis=1) == jnp.arange(len(worker))
 
 
 def _select(condition: Array, new: Any, old: Any) -> Any:
@@ -213,7 +263,9 @@ def _mean_return(episodes: Any, runs: Array) -> tuple[Array, Array]:
     return count, total / jnp.maximum(count, 1)
 
 
-def _check_schedule(schedule: Schedule, num_workers: int, max_staleness: int) -> None:
+def _check_schedule(
+    schedule: Schedule, num_workers: int, max_staleness: int, workers_at_once: int
+) -> None:
     schedule.check(num_workers)
     if not len(schedule.worker):
         raise ValueError("a schedule must hold one update at least, got none; give one.")
@@ -223,3 +275,12 @@ def _check_schedule(schedule: Schedule, num_workers: int, max_staleness: int) ->
             f"the schedule's staleness must be at most max_staleness {max_staleness}, got "
             f"{staleness}; make the simulation with a larger one."
         )
+    for first in range(0, len(schedule.worker) if workers_at_once > 1 else 0, workers_at_once):
+        group = slice(first, first + workers_at_once)
+        worker, pulled = schedule.worker[group], schedule.pulled_version[group]
+        if len(set(worker.tolist())) < len(worker) or pulled.max() > first:
+            raise ValueError(
+                f"workers_at_once must be such that the segments of {workers_at_once} updates can be played side by side: by "
+                f"different workers, and from parameters that are there before the first of them, got updates {first} to "
+                f"{first + len(worker) - 1} by workers {worker.tolist()} from versions {pulled.tolist()}; use 1."
+            )
