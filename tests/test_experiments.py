@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ["article", "cartpole", "memory", "minatar", "pendulum"]
 TOOLS = ["curves", "replay", "sweep"] + [
     f"measurements.{name}"
-    for name in ("reproduction", "scaling", "soak", "staleness", "synchronous", "throughput")
+    for name in (
+        *("ablations", "data_efficiency", "reproduction", "robustness", "scaling"),
+        *("simulation_speed", "soak", "staleness", "synchronous", "throughput"),
+    )
 ]
 SMALL = [
     *("--num-workers", "2", "--envs-per-worker", "2", "--t-max", "4", "--hidden-sizes", "4"),

@@ -21,6 +21,7 @@ from experiments.measurements import (
     networks,
     reproduction,
     scaling,
+    simulation_speed,
     soak,
     synchronous,
     throughput,
@@ -284,6 +285,24 @@ def test_a_soak_ends_when_its_time_is_up_or_its_budget_is_spent(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_speed_of_simulations_is_that_of_all_their_updates(tmp_path, capsys):
+    sizes = ["--workers", "3", "--segment", "2x4", "--runs", "2", "--rounds", "1"]
+    options = [*sizes, "--seconds", "0.02", "--run-dir", str(tmp_path / "run")]
+    folder = simulation_speed.main(options)
+    rows = json.loads((folder / "simulation_speed.json").read_text())["rows"]
+    output = capsys.readouterr().out
+    assert len(rows) == 8
+    for name, row in rows.items():
+        (one,) = row["rounds"]
+        together = 3 if name == "synchronous, all workers' environments" else 1
+        assert one["environment_steps"] == 8 * together * one["updates"] > 0
+        assert f"{row['steps_per_second']['median']:,.0f}" in output
+    # 80,000 steps are 10,000 updates, and 9,999 are those of three workers equally often.
+    assert rows["2 such runs at once"]["rounds"][0]["updates"] % (2 * 9_999) == 0
+    assert rows["simulated, side by side"]["rounds"][0]["updates"] % 9_999 == 0
+
+
+@pytest.mark.slow
 def test_the_reproduction_runs_each_seed_in_a_process(tmp_path):
     options = [*TINY, "--max-steps", "200", "--evaluation-episodes", "2"]
     row = reproduction.run_seed("cartpole", 3, tmp_path / "seed3", options)
@@ -302,6 +321,7 @@ def test_the_reproduction_runs_each_seed_in_a_process(tmp_path):
         (scaling, ["--segments", "0x5"], "segments must be environments x t_max, got '0x5'; give 8x5."),
         (scaling, ["--rounds", "0"], "rounds and seconds must be positive, got 0 and 1.0"),
         (scaling, ["--t-max"], "must not be empty"),
+        (simulation_speed, ["--workers", "1"], "workers must be >= 2 and runs >= 1, got 1 and 10"),
     ],
 )  # fmt: skip
 def test_bad_options_end_with_their_reason_and_leave_no_folder(

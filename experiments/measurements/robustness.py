@@ -31,6 +31,7 @@ from experiments.measurements.simulated import (
     Run,
     Scores,
     check,
+    drawing,
     start_or_go_on,
 )
 from experiments.run_folder import write_json
@@ -213,22 +214,9 @@ def print_table(parsed: Arguments, found: Sequence[Found]) -> None:
 
 def draw(paths: Sequence[Path], parsed: Arguments, found: Sequence[Found]) -> None:
     """Draws every run's score over its learning rate: a row for each environment, a column for each optimizer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows, columns = len(parsed.environments), len(parsed.optimizers)
-    with plt.rc_context({"font.size": 8, "axes.titlesize": 8, "pdf.fonttype": 42}):
-        figure, panels = plt.subplots(
-            rows,
-            columns,
-            figsize=(1.2 + 1.5 * columns, 0.7 + 1.25 * rows),
-            sharex="col",
-            sharey="row",
-            squeeze=False,
-            layout="constrained",
-        )
+    size = (1.2 + 1.5 * columns, 0.7 + 1.25 * rows)
+    with drawing(paths, rows, columns, size, sharex="col", sharey="row") as (figure, panels):
         for axes, f in zip(panels.flat, found, strict=True):
             colour = COLOURS[list(OPTIMIZERS).index(f.optimizer)]
             axes.axhline(f.threshold, color="0.6", linewidth=0.8, linestyle=":")
@@ -238,15 +226,11 @@ def draw(paths: Sequence[Path], parsed: Arguments, found: Sequence[Found]) -> No
                 0.03, 0.05, f"{f.share:.0%}", transform=axes.transAxes, color=colour, weight="bold"
             )
             axes.margins(y=0.12)
-            axes.spines[["top", "right"]].set_visible(False)
         for axes, optimizer in zip(panels[0], parsed.optimizers, strict=True):
             axes.set_title(OPTIMIZERS[optimizer])
         for axes, environment in zip(panels[:, 0], parsed.environments, strict=True):
             axes.set_ylabel(environment)
         figure.supxlabel("learning rate", fontsize=8)
-        for path in paths:
-            figure.savefig(path, dpi=200)
-        plt.close(figure)
 
 
 if __name__ == "__main__":

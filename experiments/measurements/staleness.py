@@ -27,10 +27,13 @@ from experiments.compilation_cache import CompilationCache
 from experiments.measurements.simulated import (
     COLOURS,
     OPTIMIZERS,
+    STYLES,
+    TUNING_SEED,
     Run,
     Score,
     Scores,
     check,
+    drawing,
     start_or_go_on,
 )
 from experiments.run_folder import write_json
@@ -42,8 +45,6 @@ RATES: dict[str, tuple[float, ...]] = {
     "momentum": (3e-3, 1e-2, 3e-2, 1e-1),  # its steps add up to ten times the rate
 }
 """Learning rates to choose from."""
-
-TUNING_SEED = 1_000_000  # the first of the seeds that choose the rates; those reported begin at 0
 
 PANELS = {
     "fixed": "learning rate chosen without delay",
@@ -216,19 +217,10 @@ def _interval(point: Point) -> str:
     return "" if point["low"] is None else f" [{point['low']:.1f}, {point['high']:.1f}]"
 
 
-STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--")  # for those who print in grey
-
-
 def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> None:
     """Draws the interquartile mean over the delay, with its interval as a band, in the formats of the paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     delays = sorted({point["delay"] for point in points})
-    with plt.rc_context({"font.size": 9, "axes.titlesize": 9, "pdf.fonttype": 42}):
-        figure, panels = plt.subplots(1, 2, figsize=(7, 2.9), sharey=True, layout="constrained")
+    with drawing(paths, 1, len(PANELS), (7, 2.9), sharey=True) as (figure, (panels,)):
         for axes, (panel, title) in zip(panels, PANELS.items(), strict=True):
             for index, line in enumerate(parsed.lines):
                 own = [
@@ -250,13 +242,9 @@ def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> N
             axes.set_xticks(range(len(delays)), [str(delay) for delay in delays])
             axes.set_ylim(bottom=0)
             axes.grid(axis="y", color="0.92", linewidth=0.8)
-            axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("final return (IQM)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        for path in paths:
-            figure.savefig(path, dpi=200)
-        plt.close(figure)
 
 
 if __name__ == "__main__":
