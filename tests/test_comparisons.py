@@ -9,7 +9,7 @@ from small_runs import refused
 
 from a3c_jax.losses import a3c_loss
 from a3c_jax.rollout import Trajectory
-from experiments.measurements import ablations, data_efficiency
+from experiments.measurements import ablations, data_efficiency, minatar_agents
 from experiments.measurements.ablations import ABLATIONS
 from experiments.measurements.data_efficiency import Point, Value
 
@@ -114,6 +114,8 @@ def test_two_seeds_have_a_value_and_no_interval():
         (ablations, ["--ablations", "no noise"], "ablations must be among A3C, no entropy bonus"),
         (ablations, ["--environments", "CartPol-v1"], "did you mean CartPole-v1"),
         (ablations, ["--seeds", "1"], "seeds must be >= 2, got 1"),
+        (minatar_agents, ["--games", "pong"], "games must be among breakout, asterix"),
+        (minatar_agents, ["--agents", "ppo"], "python must name the Python of ppo, got None"),
         (data_efficiency, ["--workers", "0"], "A3CConfig.num_workers must be"),
         (data_efficiency, ["--methods", "a2c"], "A3CConfig.algorithm must be one of a3c"),
         (data_efficiency, ["--rates", "0.1", "0.1"], "rates must be one or more, each once"),
@@ -167,3 +169,26 @@ def test_a_tiny_run_of_data_efficiency_leaves_its_results_and_goes_on_after_a_ki
     data_efficiency.main(options)
     after = threads.read_bytes().splitlines()
     assert after[:-1] == before.splitlines()[:-1] and len(after) == len(before.splitlines())
+
+
+@pytest.mark.slow
+def test_a_tiny_comparison_of_agents_leaves_its_results_and_goes_on(tmp_path, capsys):
+    options = ["--agents", "a3c", "--games", "breakout", "--seeds", "2", "--max-steps", "3000"]
+    options += ["--run-dir", str(tmp_path / "run")]
+    folder = minatar_agents.main(options)
+    assert (folder / "minatar_agents.png").read_bytes().startswith(b"\x89PNG")
+    (line,) = json.loads((folder / "minatar_agents.json").read_text())["lines"]
+    evaluations = [
+        json.loads((folder / f"breakout-a3c-seed{seed}" / "summary.json").read_text())["evaluation"]
+        for seed in (0, 1)
+    ]
+    assert line["returns"] == [found["sampled"]["mean"] for found in evaluations]
+    assert line["value"] == pytest.approx(np.mean(line["returns"])) and line["interval"] is None
+    assert f"{line['value']:.1f}" in capsys.readouterr().out
+
+    kept = folder / "returns.jsonl"
+    rows = [["breakout", "a3c", seed, [7.0 + seed, 1.0]] for seed in (0, 1)]  # made up
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    minatar_agents.main(options)
+    (line,) = json.loads((folder / "minatar_agents.json").read_text())["lines"]
+    assert (line["returns"], line["seconds"]) == ([7.0, 8.0], 1.0)

@@ -25,7 +25,14 @@ EXAMPLES = ["article", "cartpole", "memory", "minatar", "pendulum"]
 TOOLS = ["curves", "replay", "sweep"] + [
     f"measurements.{name}"
     for name in (
-        *("ablations", "data_efficiency", "reproduction", "robustness", "scaling"),
+        *(
+            "ablations",
+            "data_efficiency",
+            "minatar_agents",
+            "reproduction",
+            "robustness",
+            "scaling",
+        ),
         *("simulation_speed", "soak", "staleness", "synchronous", "throughput"),
     )
 ]

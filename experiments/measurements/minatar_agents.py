@@ -1,0 +1,194 @@
+"""MinAtar with many seeds, beside other agents: `python -m experiments.measurements.minatar_agents --python venv/bin/python`.
+
+Each run is a process of its own. It learns for so many environment steps, and then plays 100 fresh episodes by its final
+policy as it acted in training (PQN: with epsilon 0.005). `a3c` and `a3c-lstm` are this project's presets; the second has 128
+LSTM cells behind the torso. `ppo` and `pqn` are those of rejax, installed for the Python that `--python` names, in the same
+environments of gymnax, with the settings for MinAtar that their authors publish (purejaxrl's and PureJaxQL's) and rejax's
+dense networks.
+
+Shown are the interquartile mean over seeds and a 95 % bootstrap interval. It prints the table, and leaves
+`minatar_agents.json`, `.png` and `.pdf` in its run folder. A command that was killed goes on if it is given again with its
+`--run-dir`.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import minatar
+from experiments.command_line import exit_on_bad_input, parse
+from experiments.measurements.simulated import COLOURS, Records, check, drawing, start_or_go_on
+from experiments.run_folder import write_json
+
+AGENTS = {
+    "a3c": "A3C",
+    "a3c-lstm": "A3C with LSTM",
+    "ppo": "PPO (rejax)",
+    "pqn": "PQN (rejax)",
+}
+"""What the agents are called in the table and the picture."""
+
+OWN: dict[str, list[str]] = {
+    "a3c": [],
+    "a3c-lstm": ["--core", "lstm", "--core-size", "128"],
+}
+"""The options of this project's agents."""
+
+_PEERS = Path(__file__).with_name("minatar_peers.py")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What to compare."""
+
+    agents: tuple[str, ...] = ("a3c", "a3c-lstm")
+    """Any of a3c, a3c-lstm, ppo and pqn."""
+    games: tuple[str, ...] = tuple(minatar.PRESETS)
+    """Presets of `experiments.minatar`."""
+    seeds: int = 10
+    """Number of seeds of each agent in each game."""
+    max_steps: int = 5_000_000
+    """Environment steps of each run."""
+    python: Path | None = None
+    """The Python of rejax, for ppo and pqn."""
+    run_dir: Path | None = None
+    """Folder for the results. By default a new one under runs/. If it holds the same command's, that one goes on."""
+
+    def __post_init__(self) -> None:
+        check(self, "agents", "games", seeds=2, max_steps=1)
+        for name, values, known in (
+            ("agents", self.agents, AGENTS),
+            ("games", self.games, minatar.PRESETS),
+        ):
+            if unknown := [value for value in values if value not in known]:
+                raise ValueError(f"{name} must be among {', '.join(known)}, got {unknown}.")
+        theirs = [agent for agent in self.agents if agent not in OWN]
+        if theirs and (self.python is None or not self.python.exists()):
+            raise ValueError(
+                f"python must name the Python of {theirs[0]}, got {self.python}; install rejax in a virtual environment."
+            )
+
+
+class Line(NamedTuple):
+    """What one agent reached in one game.
+
+    Attributes:
+      returns: of the seeds.
+      value: their interquartile mean.
+      interval: its 95 % interval; None without rliable, or with too few seeds.
+      seconds: the median of a run's seconds, from the start of its process to its end.
+    """
+
+    game: str
+    agent: str
+    returns: list[float]
+    value: float
+    interval: list[float] | None
+    seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Trains, prints the table and draws the picture; returns the run folder."""
+    with exit_on_bad_input():
+        parsed = parse("measurements.minatar_agents", Arguments, __doc__, arguments)
+        options = json.loads(json.dumps(dataclasses.asdict(parsed), default=str))
+        run_dir = start_or_go_on("minatar-agents", parsed.run_dir, options)
+    from tqdm import tqdm
+
+    records = Records(run_dir / "returns.jsonl")
+    cases = [(g, a, s) for s in range(parsed.seeds) for g in parsed.games for a in parsed.agents]
+    for case in (bar := tqdm(cases, unit=" runs")):
+        bar.set_description(f"{case[0]}, {case[1]}")
+        if case not in records:
+            records.add([case], [play(parsed, run_dir, *case)])
+    lines = [summarize(parsed, g, a, records) for g in parsed.games for a in parsed.agents]
+    write_json(
+        run_dir / "minatar_agents.json",
+        {"arguments": options, "lines": [line._asdict() for line in lines]},
+    )
+    print_table(parsed, lines)
+    draw([run_dir / "minatar_agents.png", run_dir / "minatar_agents.pdf"], parsed, lines)
+    print(f"\nrun folder: {run_dir}")
+    return run_dir
+
+
+def play(parsed: Arguments, run_dir: Path, game: str, agent: str, seed: int) -> list[float]:
+    """The mean return of one run's fresh episodes, and its seconds."""
+    import time
+
+    began = time.perf_counter()
+    steps = str(parsed.max_steps)
+    if agent in OWN:
+        folder = run_dir / f"{game}-{agent}-seed{seed}"
+        command = [sys.executable, "-m", "experiments.minatar", "--preset", game, *OWN[agent]]
+        command += ["--seed", str(seed), "--max-steps", steps, "--no-progress"]
+        _run([*command, "--run-dir", str(folder)])
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        reached = summary["evaluation"]["sampled"]["mean"]
+    else:
+        environment = minatar.PRESETS[game].environment
+        output = _run([str(parsed.python), str(_PEERS), agent, environment, str(seed), steps])
+        reached = float(output.rsplit("RETURN", 1)[1])
+    return [reached, time.perf_counter() - began]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def summarize(parsed: Arguments, game: str, agent: str, records: Records) -> Line:
+    """What the seeds of an agent reached together."""
+    from experiments.aggregate import aggregate
+
+    runs = np.array([records[game, agent, seed] for seed in range(parsed.seeds)])
+    found = aggregate(runs[:, :1])
+    interval = None if found.interval is None else found.interval[:, 0].tolist()
+    returns, seconds = runs[:, 0].tolist(), float(np.median(runs[:, 1]))
+    return Line(game, agent, returns, float(found.value[0]), interval, seconds)
+
+
+def print_table(parsed: Arguments, lines: Sequence[Line]) -> None:
+    """Prints a row for each game, a column for each agent."""
+    print(
+        f"\nMinAtar, {parsed.max_steps:,} steps: mean return of 100 fresh episodes, interquartile mean over {parsed.seeds} "
+        f"seeds [95 % interval] (seconds of a run)\n{'game':<16}"
+        + "".join(f"{AGENTS[agent]:<34}" for agent in parsed.agents)
+    )
+    for game in parsed.games:
+        print(f"{game:<16}" + "".join(f"{_cell(line):<34}" for line in lines if line.game == game))
+
+
+def _cell(line: Line) -> str:
+    low_high = "" if line.interval is None else " [{:.1f}, {:.1f}]".format(*line.interval)
+    return f"{line.value:.1f}{low_high} ({line.seconds:.0f})"
+
+
+def draw(paths: Sequence[Path], parsed: Arguments, lines: Sequence[Line]) -> None:
+    """Draws a panel for each game: every seed, the interquartile mean and its interval."""
+    columns, rows = len(parsed.games), len(parsed.agents)
+    size = (1.3 + 1.6 * columns, 0.7 + 0.28 * rows)
+    with drawing(paths, 1, columns, size, sharey=True) as (_, (panels,)):
+        for axes, game in zip(panels, parsed.games, strict=True):
+            for y, line in enumerate(line for line in lines if line.game == game):
+                axes.plot(line.returns, [y] * parsed.seeds, "|", color="0.6", markersize=5)
+                if line.interval is not None:
+                    axes.plot(line.interval, [y, y], "-", color=COLOURS[y], linewidth=2)
+                axes.plot(line.value, y, "o", color=COLOURS[y], markersize=4)
+            axes.set_title(game)
+            axes.set_xlabel("return")
+            axes.set_xlim(left=0)
+        panels[0].set_yticks(range(rows), [AGENTS[agent] for agent in parsed.agents])
+        panels[0].invert_yaxis()
+
+
+if __name__ == "__main__":
+    main()
