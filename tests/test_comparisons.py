@@ -1,12 +1,15 @@
 """The measurements of data efficiency and of ablations: their parts by hand, and a tiny run of each."""
 
+import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import refused
 
+from a3c_jax import A3CConfig, SimulationResult
 from a3c_jax.losses import a3c_loss
 from a3c_jax.rollout import Trajectory
 from experiments.measurements import ablations, data_efficiency, minatar_agents
@@ -40,15 +43,17 @@ def segment(terminated, truncated):
 def test_the_articles_entropy_is_that_of_the_chosen_actions_and_is_added():
     played = segment([False, False], [False, False])
     plain, _ = a3c_loss(None, apply, played, entropy_cost=0.0)
-    loss, _ = ablations.article_entropy_loss(None, apply, played)
+    loss, _ = ablations.article_entropy(A3CConfig(entropy_cost=0.01))(None, apply, played)
     # -p log p: 0.5 log 2 = 0.3466 and 0.25 log 4 = 0.3466.
     np.testing.assert_allclose(loss - plain, 0.01 * 0.5 * np.log(2), rtol=1e-4)
 
 
 def test_a_time_limit_as_death_bootstraps_nothing():
     limit, death = segment([False, False], [True, False]), segment([True, False], [False, False])
-    loss, _ = ablations.death_at_time_limit_loss(None, apply, limit)
-    assert loss == a3c_loss(None, apply, death)[0] != a3c_loss(None, apply, limit)[0]
+    config = A3CConfig(discount=0.5, critic_cost=0.25, entropy_cost=0.125)
+    own = {"discount": 0.5, "critic_cost": 0.25, "entropy_cost": 0.125}
+    loss, _ = ablations.death_at_time_limit(config)(None, apply, limit)
+    assert loss == a3c_loss(None, apply, death, **own)[0] != a3c_loss(None, apply, limit, **own)[0]
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -73,33 +78,73 @@ class Bar:
         pass
 
 
-def test_an_ablation_reports_other_seeds_than_those_that_chose_its_rate():
+def test_an_ablation_reports_other_seeds_than_those_that_chose_its_rate(monkeypatch):
     class Invented:
-        """Best at 0.001; the loss and the delay are handed on."""
+        """Fewest steps at 0.001. Two rates never reach the goal, and nothing else tells them apart."""
+
+        def __init__(self, path, batch, measure):
+            pass
 
         def of(self, name, config, runs, done, **objects):
-            assert objects == {"loss": ablations.article_entropy_loss}
-            assert {run.delay for run in runs} == {15}
+            assert list(objects) == ["loss"] and {run.delay for run in runs} == {15}
             seen.append({run.seed for run in runs})
-            return np.array([(run.learning_rate == 1e-3) + run.seed % 10 for run in runs])
+            steps = {1e-3: 50.0, 3e-3: 60.0}
+            return np.array(
+                [(steps.get(r.learning_rate, 99.0) + r.seed % 10, r.seed) for r in runs]
+            )
 
     seen = []
+    monkeypatch.setattr(ablations, "Scores", Invented)
     arguments = ablations.Arguments(seeds=4)
-    line = ablations.play(arguments, "Catch-bsuite", "the article's entropy", Invented(), Bar())
-    assert (line.learning_rate, line.value) == (1e-3, 2.5)  # of 1, 2, 3, 4 the middle two
-    assert line.interval[0] <= 2.5 <= line.interval[1]
+    line = ablations.play(arguments, "Catch-bsuite", "the article's entropy", "path", Bar())
+    assert (line.learning_rate, line.steps.value) == (1e-3, 51.5)  # of 50 to 53 the middle two
+    assert line.returns.seeds == [0, 1, 2, 3]
+    assert line.steps.interval[0] <= 51.5 <= line.steps.interval[1]
     assert len(seen[0]) == 5 and seen[0].isdisjoint(seen[1]) and seen[1] == {0, 1, 2, 3}
 
 
+def test_simulated_workers_are_one_turn_late_and_tuned_in_the_middle(monkeypatch, tmp_path):
+    class Invented:
+        """Best at 0.003; a run with one worker is never solved."""
+
+        def __init__(self, path, batch, measure):
+            # Ten episodes end in each update: a hundred after ten updates of 2 x 3 steps.
+            result = SimulationResult(
+                None, jnp.full(20, 10), jnp.full(20, 200.0), {}, jnp.ones(20, bool)
+            )
+            assert measure(result) == 60
+
+        def of(self, name, config, runs, done):
+            assert {run.delay for run in runs} == {config.num_workers - 1}
+            seen.append((config.num_workers, {run.seed for run in runs}))
+            far = np.array([1_000.0 / run.learning_rate for run in runs])
+            return np.full(len(runs), np.inf) if config.num_workers == 1 else far
+
+    seen = []
+    monkeypatch.setattr(data_efficiency, "Scores", Invented)
+    arguments = data_efficiency.Arguments(
+        methods=("a3c",), workers=(8, 1, 4), envs_per_worker=2, t_max=3, seeds=3, tuning_seeds=2
+    )
+    rates, found = data_efficiency.simulate(arguments, tmp_path)
+    assert rates == {"a3c": 3e-3}
+    assert [workers for workers, _ in seen] == [4, 1, 4, 8]
+    assert seen[0][1].isdisjoint(seen[1][1]) and seen[1][1] == {0, 1, 2}
+    assert found["a3c", 1].tolist() == [500_000] * 3  # counts as if it were solved at its end
+    with pytest.raises(SystemExit, match="A3C was solved with no learning rate"):
+        data_efficiency.simulate(dataclasses.replace(arguments, workers=(1,)), tmp_path)
+
+
 def test_what_more_workers_bring_by_hand():
-    one = Point("a3c", 1, 1e-3, [100.0] * 4, [90.0] * 4, [9.0] * 4)
+    one = Point("a3c", 1, 1e-3, [90.0, 100.0, 100.0, 110.0], [90.0] * 4, [9.0] * 4, [0.0] * 4)
     # The lowest and the highest seed do not count.
-    four = Point("a3c", 4, 1e-3, [10.0, 50.0, 50.0, 900.0], [180.0] * 4, [6.0] * 4)
-    other = Point("one_step_q", 1, 1e-3, [7.0] * 4, [7.0] * 4, [7.0] * 4)
+    four = Point("a3c", 4, 1e-3, [10.0, 50.0, 50.0, 900.0], [180.0] * 4, [6.0] * 4, [3.0] * 4)
+    other = Point("one_step_q", 1, 1e-3, [7.0] * 4, [7.0] * 4, [7.0] * 4, [0.0] * 4)
     points = [other, one, four]
     simulated, threads = (data_efficiency.gain(points, four, kind) for kind in (False, True))
     assert [value.value for value in simulated] == [50.0, 2.0, 8.0]
     assert simulated.efficiency.low < 2.0 <= simulated.efficiency.high
+    same = Value(1.0, 1.0, 1.0)
+    assert data_efficiency.gain(points, one, False)[1:] == (same, same)
     assert threads == (Value(180, 180, 180), Value(0.5, 0.5, 0.5), Value(1.5, 1.5, 1.5))
 
 
@@ -112,7 +157,7 @@ def test_two_seeds_have_a_value_and_no_interval():
     ("program", "options", "message"),
     [
         (ablations, ["--ablations", "no noise"], "ablations must be among A3C, no entropy bonus"),
-        (ablations, ["--environments", "CartPol-v1"], "did you mean CartPole-v1"),
+        (ablations, ["--environments", "CartPole-v1"], "environments must be among CartPole-v0"),
         (ablations, ["--seeds", "1"], "seeds must be >= 2, got 1"),
         (minatar_agents, ["--games", "pong"], "games must be among breakout, asterix"),
         (minatar_agents, ["--agents", "ppo"], "python must name the Python of ppo, got None"),
@@ -131,17 +176,21 @@ def test_wrong_options_end_with_their_reason_and_leave_no_folder(
 
 @pytest.mark.slow
 def test_a_tiny_comparison_of_ablations_leaves_its_results_and_its_picture(tmp_path, capsys):
-    options = ["--environments", "Catch-bsuite", "--ablations", "A3C", "time limit as death"]
+    names = ["A3C", "time limit as death", "the article's entropy"]
+    options = ["--environments", "Catch-bsuite", "--ablations", *names]
     options += ["--num-workers", "2", "--max-steps", "4000", "--rates", "0.001"]
     options += ["--seeds", "3", "--tuning-seeds", "1", "--batch", "4"]
     folder = ablations.main([*options, "--run-dir", str(tmp_path / "run")])
     assert (folder / "ablations.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "ablations.pdf").read_bytes().startswith(b"%PDF")
-    first, second = json.loads((folder / "ablations.json").read_text())["lines"]
-    assert (first["ablation"], second["ablation"]) == ("A3C", "time limit as death")
-    # Catch has no time limit, so that nothing has changed but the compiled program.
-    np.testing.assert_allclose(first["scores"], second["scores"], atol=0.05)
-    assert f"{first['value']:.1f}" in capsys.readouterr().out
+    plain, death, entropy = json.loads((folder / "ablations.json").read_text())["lines"]
+    assert [line["ablation"] for line in (plain, death, entropy)] == names
+    # Catch has no time limit, so that nothing has changed but the compiled program. Another loss is another run.
+    returns = [line["returns"]["seeds"] for line in (plain, death, entropy)]
+    np.testing.assert_allclose(returns[0], returns[1], atol=0.05)
+    assert returns[0] != returns[2]
+    assert plain["steps"]["value"] == 4000  # not reached
+    assert "0/3" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -180,15 +229,21 @@ def test_a_tiny_comparison_of_agents_leaves_its_results_and_goes_on(tmp_path, ca
     (line,) = json.loads((folder / "minatar_agents.json").read_text())["lines"]
     evaluations = [
         json.loads((folder / f"breakout-a3c-seed{seed}" / "summary.json").read_text())["evaluation"]
-        for seed in (0, 1)
+        for seed in (20, 21)
     ]
     assert line["returns"] == [found["sampled"]["mean"] for found in evaluations]
     assert line["value"] == pytest.approx(np.mean(line["returns"])) and line["interval"] is None
     assert f"{line['value']:.1f}" in capsys.readouterr().out
 
+    (folder / "returns.jsonl").unlink()  # as if it had been killed behind the first run
+    shutil.rmtree(folder / "breakout-a3c-seed21")
+    minatar_agents.main(options)
+    (again,) = json.loads((folder / "minatar_agents.json").read_text())["lines"]
+    assert len(again["returns"]) == 2
+
     kept = folder / "returns.jsonl"
-    rows = [["breakout", "a3c", seed, [7.0 + seed, 1.0]] for seed in (0, 1)]  # made up
+    rows = [["breakout", "a3c", seed, [seed, 1.0]] for seed in (20, 21)]  # made up
     kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
     minatar_agents.main(options)
     (line,) = json.loads((folder / "minatar_agents.json").read_text())["lines"]
-    assert (line["returns"], line["seconds"]) == ([7.0, 8.0], 1.0)
+    assert (line["returns"], line["seconds"]) == ([20.0, 21.0], 1.0)

@@ -279,6 +279,39 @@ def test_segments_side_by_side_are_the_same_run(name, in_pairs):
     assert_same_run(simulated, a3c_jax.replay(program(WORKERS), SCHEDULES[name]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "n_step_q?target_interval=16&exploration_steps=40"},
+        {"algorithm": "a3c?learns_at_newest=True"},
+        {"normalize_observations": True, "normalize_rewards": True},
+        {"core": "gru", "core_size": 4},
+    ],
+    ids=str,
+)
+def test_segments_side_by_side_are_the_same_run_whatever_is_learnt(changes):
+    settings = config(num_workers=3, seed=2, learning_rate=0.01, **changes)
+    schedule = round_robin(3, UPDATES)
+    one, three = (
+        make_simulation(settings, 2, workers_at_once=number)(2, 0.01, schedule) for number in (1, 3)
+    )
+    assert_same_run(three, a3c_jax.replay(program(settings), schedule), atol=1e-4)
+    np.testing.assert_allclose(flat(one.params), flat(three.params), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_of_groups_ends_where_the_configuration_says_stop():
+    settings = config(num_workers=2, learning_rate=HUGE)
+    simulate = make_simulation(settings, 1, workers_at_once=2)
+    result = simulate(0, HUGE, round_robin(2, UPDATES))
+    applied = np.asarray(result.applied)
+    bad = int(np.argmin(applied))
+    assert 0 < bad < UPDATES - 1 and not applied[bad:].any()
+    assert not np.any(result.num_episodes[bad:])
+    assert np.isfinite(flat(result.params)).all()
+
+
 def test_a_row_that_cannot_be_changes_nothing(in_pairs):
     worker, pulled = (column.copy() for column in fixed_delay(3, UPDATES, num_workers=3))
     worker[7], pulled[9] = worker[6], 9  # its pair's other worker, and its pair's own first update

@@ -133,7 +133,8 @@ def make_simulation(
       positive learning rate, or a dict of fields; scalars each. What a dict does not name, the configuration
       says. It is compiled once for each number of updates and set of fields. If a schedule
       that is not traced names a worker, a version or a staleness that cannot be, or a group that cannot be played side by
-      side, it raises a ValueError; such a row of a traced one is left out, and changes nothing.
+      side, it raises a ValueError. Such a row of a traced one is left out and changes nothing, except that it ends the run
+      if `config.nonfinite` is `stop`.
 
     Raises:
       ValueError: if `max_staleness` is negative, if `workers_at_once` is less than 1, or if the environment is unknown or not supported.
@@ -195,6 +196,11 @@ def _make_run(
         params, unravel = ravel_pytree(initial)  # one vector, so that a version is one row
         versions = jnp.zeros((num_versions, params.size), params.dtype).at[0].set(params)
 
+        def step(stale: Array, state: Any) -> Any:
+            return blueprint.worker_step(unravel(stale), state)
+
+        step_side_by_side = _side_by_side(step, workers_at_once)
+
         def update(now: _Updated, played: Any) -> tuple[_Updated, Any]:
             is_possible, k, worker, gradients, report = played
             new_params, optimizer_state = updater.update(
@@ -219,9 +225,9 @@ def _make_run(
             is_possible = (worker >= 0) & (worker < num_workers) & _is_first(worker)
             is_possible &= (pulled >= 0) & (pulled <= k[0]) & (k - pulled < num_versions)
 
-            stale = jax.vmap(unravel)(updated.versions[pulled % num_versions])
+            stale = updated.versions[pulled % num_versions]
             own = jax.tree.map(lambda x: x[worker], states)
-            gradients, own, report = jax.vmap(blueprint.worker_step)(stale, own)
+            gradients, own, report = step_side_by_side(stale, own)
             played = (is_possible, k, worker, gradients, report)
             updated, (counts, outputs) = jax.lax.scan(update, updated, played)
 
@@ -237,6 +243,18 @@ def _make_run(
         return SimulationResult(unravel(carry.updated.params), *outputs)
 
     return run
+
+
+def _side_by_side(function: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """The function mapped over a group. A group of one is not mapped, because a mapped `cond` computes both branches."""
+    if size > 1:
+        return jax.vmap(function)
+
+    def of_one(*arguments: Any) -> Any:
+        result = function(*jax.tree.map(lambda x: x[0], arguments))
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
+
+    return of_one
 
 
 def _in_groups(columns: Any, size: int) -> Any:

@@ -10,16 +10,18 @@ many environment steps. The changes are
 - asynchrony taken away in two ways: every worker has the newest parameters when it plays, or all workers' gradients make
   one update together, so that there are fewer updates of larger batches (A2C).
 
-A run's score is the mean return of the episodes that ended in the last tenth of its updates, and of its last 100 episodes if
-fewer ended there. Other seeds than the reported ones choose each line's learning rate. Shown are the interquartile mean over
-seeds, and a 95 % bootstrap interval. It prints the table, and leaves `ablations.json`, `.png` and `.pdf` in its run folder.
+Measured are the environment steps until the mean return of the last 100 training episodes first reaches a goal, and the
+return at the end: the mean of the episodes that ended in the last tenth of the updates, and of the last 100 if fewer ended
+there. A run that does not reach the goal counts as if it had reached it at its end. Other seeds than the reported ones
+choose each line's learning rate, by the steps. Shown are the interquartile mean over seeds, and a 95 % bootstrap interval.
+It prints the table, and leaves `ablations.json`, `.png` and `.pdf` in its run folder.
 A command that was killed goes on if it is given again with its `--run-dir`.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -34,33 +36,63 @@ from experiments.measurements.simulated import (
     Scores,
     check,
     drawing,
+    late_return,
     start_or_go_on,
 )
 from experiments.run_folder import write_json
 
-STEPS = {"CartPole-v0": 100_000, "Acrobot-v1": 300_000, "Catch-bsuite": 100_000}
-"""Environment steps of each run, where they are fewer than in the measurement of robustness."""
+if TYPE_CHECKING:
+    from a3c_jax import SimulationResult
 
 
-def article_entropy_loss(params: Any, apply_fn: Any, trajectory: Any) -> Any:
+class Task(NamedTuple):
+    """Environment steps of each run, and the mean return that is to be reached."""
+
+    max_steps: int
+    goal: float
+
+
+GOALS = {
+    "CartPole-v0": Task(150_000, 190.0),
+    "Acrobot-v1": Task(150_000, -100.0),
+    "Catch-bsuite": Task(300_000, 0.6),
+    "Breakout-MinAtar": Task(1_000_000, 3.0),
+}
+"""What is played. The other settings are those of the measurement of robustness."""
+
+
+Loss = Callable[[Any, Any, Any], Any]
+
+
+def article_entropy(config: A3CConfig) -> Loss:
     """A3C's loss with the article's "entropy": that of the chosen actions only, added where it should be subtracted."""
     import jax.numpy as jnp
 
     from a3c_jax.losses import a3c_loss
 
-    loss, metrics = a3c_loss(params, apply_fn, trajectory, entropy_cost=0.0)
-    log_prob = apply_fn(params, trajectory)[0].log_prob(trajectory.action_tm1)
-    return loss - 0.01 * jnp.mean(jnp.exp(log_prob) * log_prob), metrics
+    own = {"discount": config.discount, "critic_cost": config.critic_cost}
+
+    def loss(params: Any, apply_fn: Any, trajectory: Any) -> Any:
+        loss, metrics = a3c_loss(params, apply_fn, trajectory, entropy_cost=0.0, **own)
+        log_prob = apply_fn(params, trajectory)[0].log_prob(trajectory.action_tm1)
+        return loss - config.entropy_cost * jnp.mean(jnp.exp(log_prob) * log_prob), metrics
+
+    return loss
 
 
-def death_at_time_limit_loss(params: Any, apply_fn: Any, trajectory: Any) -> Any:
+def death_at_time_limit(config: A3CConfig) -> Loss:
     """A3C's loss with a value of zero behind every time limit."""
     from a3c_jax.losses import a3c_loss
 
-    ended = trajectory.terminated_t | trajectory.truncated_t
-    return a3c_loss(
-        params, apply_fn, trajectory._replace(terminated_t=ended, truncated_t=ended & False)
-    )
+    own = {"discount": config.discount, "critic_cost": config.critic_cost}
+    own["entropy_cost"] = config.entropy_cost
+
+    def loss(params: Any, apply_fn: Any, trajectory: Any) -> Any:
+        ended = trajectory.terminated_t | trajectory.truncated_t
+        as_death = trajectory._replace(terminated_t=ended, truncated_t=ended & False)
+        return a3c_loss(params, apply_fn, as_death, **own)
+
+    return loss
 
 
 class Ablation(NamedTuple):
@@ -68,13 +100,13 @@ class Ablation(NamedTuple):
 
     Attributes:
       changes: fields of the configuration that differ.
-      loss: the loss in place of A3C's.
+      loss: makes the loss in place of A3C's.
       delay: how many updates late each gradient is.
       is_synchronous: whether one worker plays the environments of all.
     """
 
     changes: dict[str, Any] = {}
-    loss: Callable[[Any, Any, Any], Any] | None = None
+    loss: Callable[[A3CConfig], Loss] | None = None
     delay: int | None = None
     is_synchronous: bool = False
 
@@ -82,8 +114,8 @@ class Ablation(NamedTuple):
 ABLATIONS = {
     "A3C": Ablation(),
     "no entropy bonus": Ablation({"entropy_cost": 0.0}),
-    "the article's entropy": Ablation(loss=article_entropy_loss),
-    "time limit as death": Ablation(loss=death_at_time_limit_loss),
+    "the article's entropy": Ablation(loss=article_entropy),
+    "time limit as death": Ablation(loss=death_at_time_limit),
     "shared torso": Ablation({"shared_torso": True}),
     "newest parameters": Ablation(delay=0),
     "synchronous (A2C)": Ablation(is_synchronous=True),
@@ -94,15 +126,15 @@ ABLATIONS = {
 class Arguments:
     """What to compare."""
 
-    environments: tuple[str, ...] = (*STEPS, "Breakout-MinAtar")
-    """What is played."""
+    environments: tuple[str, ...] = tuple(GOALS)
+    """What is played, any of these."""
     ablations: tuple[str, ...] = tuple(ABLATIONS)
     """Lines of the table."""
     num_workers: int = 16
     """How many workers take turns, or are synchronised."""
     t_max: int = 5
     """Steps of a segment."""
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates to choose from."""
     seeds: int = 10
     """Number of seeds reported for each line."""
@@ -118,9 +150,9 @@ class Arguments:
     def __post_init__(self) -> None:
         lists = ("environments", "ablations", "rates")
         check(self, *lists, seeds=2, tuning_seeds=1, batch=1)
-        unknown = [name for name in self.ablations if name not in ABLATIONS]
-        if unknown:
-            raise ValueError(f"ablations must be among {', '.join(ABLATIONS)}, got {unknown}.")
+        for name, known in (("environments", GOALS), ("ablations", ABLATIONS)):
+            if unknown := [value for value in getattr(self, name) if value not in known]:
+                raise ValueError(f"{name} must be among {', '.join(known)}, got {unknown}.")
         for environment in self.environments:
             self.config(environment, ABLATIONS["A3C"])  # refuses what cannot be
 
@@ -132,7 +164,7 @@ class Arguments:
             "num_workers": self.num_workers // together,
             "envs_per_worker": together,
             "t_max": self.t_max,
-            "max_steps": self.max_steps or STEPS.get(environment, task.max_steps),
+            "max_steps": self.max_steps or GOALS[environment].max_steps,
             "shared_torso": False,
             "gae_lambda": 1.0,
         }
@@ -140,43 +172,38 @@ class Arguments:
         return dataclasses.replace(task, **(shape | own | ablation.changes))
 
 
-class Line(NamedTuple):
-    """What one ablation reached in one environment.
+class Summary(NamedTuple):
+    """What several seeds reached: their interquartile mean and its interval; None without rliable, or with too few seeds."""
 
-    Attributes:
-      learning_rate: the one that was chosen.
-      scores: of the seeds.
-      value: their interquartile mean.
-      interval: its 95 % interval; None without rliable, or with too few seeds.
-    """
+    seeds: list[float]
+    value: float
+    interval: list[float] | None
+
+
+class Line(NamedTuple):
+    """What one ablation reached in one environment, with the learning rate that was chosen."""
 
     environment: str
     ablation: str
     learning_rate: float
-    scores: list[float]
-    value: float
-    interval: list[float] | None
+    steps: Summary
+    returns: Summary
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Simulates, prints the table and draws the picture; returns the run folder."""
     with exit_on_bad_input():
         parsed = parse("measurements.ablations", Arguments, __doc__, arguments)
-        from a3c_jax import environments  # loads JAX, --help does not
-
-        for environment in parsed.environments:
-            environments.make(environment)
         run_dir = start_or_go_on("ablations", parsed.run_dir, dataclasses.asdict(parsed))
     CompilationCache().use()
     from tqdm import tqdm
 
-    scores = Scores(run_dir / "scores.jsonl", parsed.batch)
     cases = [(e, a) for e in parsed.environments for a in parsed.ablations]
     runs_of_each = len(parsed.rates) * parsed.tuning_seeds + parsed.seeds
     with tqdm(total=len(cases) * runs_of_each, unit=" runs") as bar:
-        lines = [play(parsed, *case, scores, bar) for case in cases]
+        lines = [play(parsed, *case, run_dir / "scores.jsonl", bar) for case in cases]
     configs = {e: parsed.config(e, ABLATIONS["A3C"]).as_dict() for e in parsed.environments}
-    results = {"configs": configs, "lines": [line._asdict() for line in lines]}
+    results = {"configs": configs, "lines": [_as_dict(line) for line in lines]}
     write_json(run_dir / "ablations.json", results)
     print_table(parsed, lines)
     draw([run_dir / "ablations.png", run_dir / "ablations.pdf"], parsed, lines)
@@ -184,59 +211,89 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     return run_dir
 
 
-def play(parsed: Arguments, environment: str, name: str, scores: Scores, bar: Any) -> Line:
-    """Chooses the learning rate of a line, and scores the reported seeds with it."""
-    from experiments.aggregate import aggregate
-
+def play(parsed: Arguments, environment: str, name: str, path: Path, bar: Any) -> Line:
+    """Chooses the learning rate of a line, and measures the reported seeds with it."""
     bar.set_description(f"{environment}, {name}")
     ablation = ABLATIONS[name]
     config = parsed.config(environment, ablation)
     delay = config.num_workers - 1 if ablation.delay is None else ablation.delay
-    own = {} if ablation.loss is None else {"loss": ablation.loss}
+    own = {} if ablation.loss is None else {"loss": ablation.loss(config)}
+
+    def measure(result: "SimulationResult") -> Any:
+        import jax.numpy as jnp
+
+        steps = config.steps_per_update * result.updates_to_solve(GOALS[environment].goal)
+        return jnp.stack([jnp.minimum(steps, config.max_steps or 0), late_return(result)], axis=-1)
+
+    scores = Scores(path, parsed.batch, measure)
 
     def score(rates: Sequence[float], seeds: range) -> np.ndarray:
+        """Steps and returns, `[rates, seeds, 2]`."""
         runs = [Run(delay, rate, seed) for rate in rates for seed in seeds]
         found = scores.of(f"{environment} {name}", config, runs, bar.update, **own)
-        return found.reshape(len(rates), -1)
+        return found.reshape(len(rates), len(seeds), 2)
 
     tuning = score(parsed.rates, range(TUNING_SEED, TUNING_SEED + parsed.tuning_seeds))
-    rate = parsed.rates[int(tuning.mean(axis=1).argmax())]
+    steps, returns = np.moveaxis(tuning.mean(axis=1), -1, 0)
+    rate = parsed.rates[int(np.lexsort((-returns, steps))[0])]
     reached = score([rate], range(parsed.seeds))[0]
-    found = aggregate(reached[:, None])
+    return Line(environment, name, rate, *(_summarize(column) for column in reached.T))
+
+
+def _summarize(values: np.ndarray) -> Summary:
+    from experiments.aggregate import aggregate
+
+    found = aggregate(values[:, None])
     interval = None if found.interval is None else found.interval[:, 0].tolist()
-    return Line(environment, name, rate, reached.tolist(), found.value.item(), interval)
+    return Summary(values.tolist(), float(found.value[0]), interval)
+
+
+def _as_dict(line: Line) -> dict[str, Any]:
+    return line._asdict() | {"steps": line.steps._asdict(), "returns": line.returns._asdict()}
 
 
 def print_table(parsed: Arguments, lines: Sequence[Line]) -> None:
     """Prints a row for each ablation and environment."""
     print(
-        f"\n{parsed.num_workers} workers x 1 environment x {parsed.t_max} steps: mean return at the end of the run, "
+        f"\n{parsed.num_workers} workers x 1 environment x {parsed.t_max} steps: steps until the goal, and return at the end; "
         f"interquartile mean over {parsed.seeds} seeds [95 % interval]\n"
-        f"{'environment':<18} {'A3C with':<22} {'rate':>7}  return"
+        f"{'environment':<17} {'A3C with':<22} {'rate':>6} reached  {'steps':<30} return"
     )
     for line in lines:
-        low_high = "" if line.interval is None else " [{:.1f}, {:.1f}]".format(*line.interval)
+        max_steps = parsed.config(line.environment, ABLATIONS[line.ablation]).max_steps or 0
+        reached = sum(steps < max_steps for steps in line.steps.seeds)
         print(
-            f"{line.environment:<18} {line.ablation:<22} {line.learning_rate:7g}  {line.value:.1f}{low_high}"
+            f"{line.environment:<17} {line.ablation:<22} {line.learning_rate:6g} {reached:4d}/{parsed.seeds:<3d} "
+            f"{_format(line.steps, ',.0f'):<30} {_format(line.returns, '.1f')}"
         )
 
 
+def _format(found: Summary, form: str) -> str:
+    text = format(found.value, form)
+    if found.interval is None:
+        return text
+    low, high = found.interval
+    return f"{text} [{low:{form}}, {high:{form}}]"
+
+
 def draw(paths: Sequence[Path], parsed: Arguments, lines: Sequence[Line]) -> None:
-    """Draws a panel for each environment: every seed, the interquartile mean and its interval."""
+    """Draws a panel for each environment with the steps: every seed, the interquartile mean and its interval."""
     columns, rows = len(parsed.environments), len(parsed.ablations)
-    size = (1.3 + 1.6 * columns, 0.6 + 0.28 * rows)
+    size = (1.3 + 1.6 * columns, 0.7 + 0.28 * rows)
     with drawing(paths, 1, columns, size, sharey=True) as (_, (panels,)):
         for axes, environment in zip(panels, parsed.environments, strict=True):
-            own = [line for line in lines if line.environment == environment]
-            for y, line in enumerate(own):
+            own = [line.steps for line in lines if line.environment == environment]
+            for y, found in enumerate(own):
                 colour = COLOURS[0] if y == 0 else COLOURS[1]
-                axes.plot(line.scores, [y] * parsed.seeds, "|", color="0.6", markersize=5)
-                if line.interval is not None:
-                    axes.plot(line.interval, [y, y], "-", color=colour, linewidth=2)
-                axes.plot(line.value, y, "o", color=colour, markersize=4)
+                axes.plot(found.seeds, [y] * parsed.seeds, "|", color="0.6", markersize=5)
+                if found.interval is not None:
+                    axes.plot(found.interval, [y, y], "-", color=colour, linewidth=2)
+                axes.plot(found.value, y, "o", color=colour, markersize=4)
             axes.axvline(own[0].value, color="0.85", linewidth=0.8, zorder=0)
-            axes.set_title(environment)
-            axes.set_xlabel("return")
+            axes.set_title(f"{environment}, {GOALS[environment].goal:g}")
+            axes.set_xlabel("steps until the goal")
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
         panels[0].set_yticks(range(rows), parsed.ablations)
         panels[0].invert_yaxis()
 

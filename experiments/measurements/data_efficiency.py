@@ -7,11 +7,13 @@ and they may play more steps per second. The two are measured apart:
 
 - *Simulated* workers take turns, each one turn late by every other worker (`a3c_jax.make_simulation`). How many steps are
   needed depends on nothing else there. If every worker had a core of its own, W workers would be W times this gain faster.
-- *Threads* share the cores of this machine. Their seconds are their steps divided by their steps per second.
+- *Threads* share the cores of this machine, and as many of them as there are cores play at a time, in turns. Their seconds
+  are their steps divided by their steps per second.
 
 Other seeds than the reported ones choose a learning rate for each method, in the middle of the numbers of workers. A run
-that is not solved counts as if it had been solved at its end. Shown are the interquartile mean over seeds, and a 95 %
-bootstrap interval. It prints the table, and leaves `data_efficiency.json`, `.png` and `.pdf` in its run folder. A command
+that is not solved counts as if it had been solved at its end; the picture shows a point with such a run hollow. On CartPole,
+where each step earns 1, no run can be solved before 100 times the value. Shown are the interquartile mean over seeds, and
+a 95 % bootstrap interval. It prints the table, and leaves `data_efficiency.json`, `.png` and `.pdf` in its run folder. A command
 that was killed goes on if it is given again with its `--run-dir`.
 """
 
@@ -115,6 +117,7 @@ class Point(NamedTuple):
       simulated: environment steps of the simulated runs, `[seeds]`.
       steps: environment steps of the runs in threads, `[seeds]`; None if there were none.
       seconds: their seconds of training, `[seeds]`.
+      staleness: their mean staleness, `[seeds]`.
     """
 
     method: str
@@ -123,6 +126,11 @@ class Point(NamedTuple):
     simulated: list[float]
     steps: list[float] | None
     seconds: list[float] | None
+    staleness: list[float] | None
+
+
+Threaded = tuple[list[float], list[float], list[float]]
+"""The columns of a point that threads fill."""
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -139,14 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     rates, simulated = simulate(parsed, run_dir)
     threaded = train(parsed, run_dir, rates) if parsed.threads else {}
     points = [
-        Point(m, w, rates[m], simulated[m, w].tolist(), *threaded.get((m, w), (None, None)))
+        Point(m, w, rates[m], simulated[m, w].tolist(), *threaded.get((m, w), (None,) * 3))
         for m in parsed.methods
         for w in parsed.workers
     ]
     write_json(
         run_dir / "data_efficiency.json",
         {
-            "config": parsed.config("a3c", 1, 1.0).as_dict(),  # but for method, workers and rate
+            "configs": {m: parsed.config(m, 1, rates[m]).as_dict() for m in parsed.methods},
             "points": [point._asdict() for point in points],
         },
     )
@@ -184,6 +192,10 @@ def simulate(parsed: Arguments, run_dir: Path) -> tuple[dict[str, float], dict[C
         for method in parsed.methods:
             runs = [Run(middle - 1, rate, seed) for rate in parsed.rates for seed in tuning]
             steps = score(method, middle, runs).reshape(len(parsed.rates), -1)
+            if np.all(steps >= parsed.max_steps):
+                raise SystemExit(
+                    f"error: {_name(method)} was solved with no learning rate; raise --max-steps, or lower --solved-return."
+                )
             rate = rates[method] = parsed.rates[int(steps.mean(axis=1).argmin())]
             for workers in parsed.workers:
                 runs = [Run(workers - 1, rate, seed) for seed in range(parsed.seeds)]
@@ -191,10 +203,8 @@ def simulate(parsed: Arguments, run_dir: Path) -> tuple[dict[str, float], dict[C
     return rates, found
 
 
-def train(
-    parsed: Arguments, run_dir: Path, rates: dict[str, float]
-) -> dict[Case, tuple[list[float], list[float]]]:
-    """Environment steps and seconds of the runs in threads, `[seeds]` each, by method and number of workers."""
+def train(parsed: Arguments, run_dir: Path, rates: dict[str, float]) -> dict[Case, Threaded]:
+    """What the runs in threads took, by method and number of workers."""
     from tqdm import tqdm
 
     import a3c_jax
@@ -209,11 +219,12 @@ def train(
         key = (method, workers, rates[method], seed)
         if key not in records:
             run = a3c_jax.train(program(method).replace(num_workers=workers, seed=seed))
-            records.add([key], [[run.environment_steps, run.wall_clock["train"]]])
-    found = {}
+            staleness = float(run.schedule.staleness.mean())
+            records.add([key], [[run.environment_steps, run.wall_clock["train"], staleness]])
+    found: dict[Case, Any] = {}
     for m, w, _ in keys:
-        steps, seconds = np.array([records[m, w, rates[m], s] for s in range(parsed.seeds)]).T
-        found[m, w] = (steps.tolist(), seconds.tolist())
+        columns = np.array([records[m, w, rates[m], s] for s in range(parsed.seeds)]).T
+        found[m, w] = tuple(columns.tolist())
     return found
 
 
@@ -260,6 +271,10 @@ class Gain(NamedTuple):
 def gain(points: Sequence[Point], point: Point, threads: bool) -> Gain:
     """What a point's workers changed, in threads or simulated."""
     first = next(p for p in points if p.method == point.method)
+    if point is first:  # its own quotient would get an interval, because both sides are drawn anew
+        steps = point.steps if threads and point.steps else point.simulated
+        same = Value(1.0, 1.0, 1.0)
+        return Gain(quotient(steps, np.ones(len(steps)).tolist()), same, same)
     one = np.ones(len(point.simulated)).tolist()
     if threads and point.steps and point.seconds and first.steps and first.seconds:
         return Gain(
@@ -283,13 +298,17 @@ def print_table(parsed: Arguments, points: Sequence[Point]) -> None:
     for threads in (False, True) if parsed.threads else (False,):
         print(
             f"\n{'threads' if threads else 'simulated':<15} {'rate':>7} workers  solved  "
-            f"{'steps':<29} {'data efficiency':<21} {'speed-up':<22}" + "steps/s" * threads
+            f"{'steps':<29} {'data efficiency':<21} {'speed-up':<22}"
+            + "steps/s staleness"
+            * threads
         )
         for p in points:
             steps = (p.steps if threads else p.simulated) or []
             solved = sum(step < parsed.max_steps for step in steps)
             found = gain(points, p, threads)
-            rate = f"{sum(steps) / sum(p.seconds):9,.0f}" if threads and p.seconds else ""
+            rate = ""
+            if threads and p.seconds and p.staleness:
+                rate = f"{sum(steps) / sum(p.seconds):9,.0f} {np.mean(p.staleness):9.1f}"
             print(
                 f"{_name(p.method):<15} {p.learning_rate:7g} {p.workers:7d} {solved:4d}/{parsed.seeds:<3d} "
                 f"{_format(found.steps, ',.0f'):<29} {_format(found.efficiency, '.2f'):<21} "

@@ -69,7 +69,7 @@ import dataclasses
 from experiments import atari
 from experiments.measurements import host_throughput
 from a3c_jax.config import A3CConfig
-base = atari.PRESETS["pong"] if {environment!r}.startswith("ale:") else A3CConfig()
+base = atari.settings("ale:pong") if {environment!r}.startswith("ale:") else A3CConfig()
 config = dataclasses.replace(
     base, environment={environment!r}, num_workers={cores}, envs_per_worker={num_envs}, t_max={t_max},
     learning_rate_schedule="constant",

@@ -34,7 +34,7 @@ PARTS = ("environments", "act", "learn", "update")
 class Arguments:
     """What to measure, and for how long."""
 
-    config: Annotated[A3CConfig, tyro.conf.arg(name="")] = atari.PRESETS["pong"]
+    config: Annotated[A3CConfig, tyro.conf.arg(name="")] = atari.settings("ale:pong")
     rounds: int = 5
     """How often the runs with one and with all workers are measured, in turn."""
     seconds: float = 10.0

@@ -15,7 +15,6 @@ PPO: dict[str, Any] = {
     "num_steps": 128,
     "num_epochs": 4,
     "num_minibatches": 8,
-    "max_grad_norm": 0.5,
     "agent_kwargs": {"activation": "relu", "hidden_layer_sizes": (64, 64)},
 }
 """What purejaxrl chose for MinAtar, in examples/brax_minatar.ipynb."""
@@ -25,10 +24,25 @@ PQN: dict[str, Any] = {
     "num_steps": 32,
     "num_epochs": 2,
     "num_minibatches": 32,
-    "max_grad_norm": 10.0,
     "td_lambda": 0.65,
 }
-"""What PureJaxQL chose for MinAtar, in config/alg/pqn_minatar.yaml, but for its convolution."""
+"""What PureJaxQL chose for MinAtar, in config/alg/pqn_minatar.yaml."""
+
+
+def lambda_returns(algorithm: Any, trajectories: Any, max_last_q: Any) -> Any:
+    """The targets of PQN. Those of rejax 0.1.3 take the value of one observation too late, and that behind a death."""
+    import jax
+    import jax.numpy as jnp
+
+    def step(target: Any, t: Any) -> tuple[Any, Any]:
+        next_value = t.next_q.max(axis=1)
+        mixed = next_value + algorithm.td_lambda * (target - next_value)
+        target = t.reward + (1 - t.done) * algorithm.gamma * mixed
+        return target, target
+
+    last = trajectories.next_q[-1].max(axis=1)  # what follows the last step is not known: its value
+    _, targets = jax.lax.scan(step, jnp.asarray(last), trajectories, reverse=True)
+    return targets
 
 
 class AsBefore:
@@ -54,27 +68,44 @@ def play(agent: str, environment: str, seed: int, max_steps: int) -> float:
     import gymnax
     import jax
     import optax
-    from rejax import get_algo
+    from flax.training.train_state import TrainState
+    from rejax import PPO as Ppo
+    from rejax import PQN as Pqn
     from rejax.evaluate import evaluate
 
-    settings, rate = {"ppo": (PPO, 5e-3), "pqn": (PQN, 5e-4)}[agent]
+    class Right(Pqn):
+        calculate_targets = lambda_returns
+
+    kind, settings, rate = {"ppo": (Ppo, PPO, 5e-3), "pqn": (Right, PQN, 5e-4)}[agent]
+    made, params = gymnax.make(environment)
+    algorithm = kind.create(
+        env=AsBefore(made),
+        env_params=params,
+        total_timesteps=max_steps,
+        eval_freq=max_steps,
+        skip_initial_evaluation=True,
+        **settings,
+    )
+    algorithm = algorithm.replace(eval_callback=lambda *_: ())
+
+    # rejax clips each number, where the sources of the settings clip the global norm, and has Adam for PQN.
     updates = settings["num_epochs"] * settings["num_minibatches"] * max_steps
     updates //= settings["num_envs"] * settings["num_steps"]
-    made, params = gymnax.make(environment)
-    algorithm = (
-        get_algo(agent)
-        .create(
-            env=AsBefore(made),
-            env_params=params,
-            total_timesteps=max_steps,
-            eval_freq=max_steps,
-            skip_initial_evaluation=True,
-            learning_rate=optax.linear_schedule(rate, 0.0, updates),
-            **settings,
-        )
-        .replace(eval_callback=lambda *_: ())
+    schedule = optax.linear_schedule(rate, 0.0, updates)
+    optimizer = {
+        "ppo": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.adam(schedule, eps=1e-5)),
+        "pqn": lambda: optax.chain(optax.clip_by_global_norm(10.0), optax.radam(schedule)),
+    }[agent]()
+    state = algorithm.init_state(jax.random.key(seed))
+    names = {"ppo": ("actor_ts", "critic_ts"), "pqn": ("q_ts",)}[agent]
+    state = state.replace(
+        **{
+            name: TrainState.create(apply_fn=(), params=getattr(state, name).params, tx=optimizer)
+            for name in names
+        }
     )
-    state, _ = jax.jit(algorithm.train)(jax.random.key(seed))
+    state, _ = jax.jit(lambda state: algorithm.train(train_state=state))(state)
+
     act, key = algorithm.make_act(state), jax.random.key(seed + 1_000_000)
     _, returns = evaluate(act, key, algorithm.env, algorithm.env_params, 100)
     return float(returns.mean())

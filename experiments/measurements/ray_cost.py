@@ -28,7 +28,7 @@ TASKS = {
         environment="gymnasium:LunarLander-v3", envs_per_worker=16, t_max=16
     ),
     "Atari Pong 16x5": dataclasses.replace(
-        atari.PRESETS["pong"], learning_rate_schedule="constant"
+        atari.settings("ale:pong"), learning_rate_schedule="constant"
     ),
 }
 
