@@ -29,7 +29,7 @@ def available_cores() -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class A3CConfig:
-    """Everything that defines a run. Two runs with one worker and equal configurations are equal bit for bit.
+    """Everything that defines a run. Two runs of one program with one worker are equal bit for bit.
 
     Attributes:
       environment: Name of a gymnax environment, or CartPole-v0, which is CartPole-v1 with a limit of 200 steps.
@@ -41,7 +41,7 @@ class A3CConfig:
       envs_per_worker: Environments that each worker plays side by side. The paper's workers play one.
       t_max: Steps that a worker plays in each of its environments between two updates. The paper's value is 5.
       max_concurrent_workers: Largest number of workers that run at the same time. Waiting workers take turns,
-        first come first served. None lets the program choose when it is compiled.
+        first come first served. None chooses before each run: as many as there are cores, or fewer if segments are short.
       discount: Discount factor gamma, per step.
       gae_lambda: Lambda of generalised advantage estimation, in [0, 1]. At 1 it is A3C's n-step return.
       critic_cost: Weight of the critic's loss, which is half the mean squared error.

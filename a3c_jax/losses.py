@@ -6,8 +6,8 @@ that followed). Arrays are time-major: `[T, ...]`, with any trailing batch dimen
 
 Three rules hold throughout.
 
-* `v_t` is the value of the observation that *followed* the action, before any reset. It is never the value of the first
-  observation of the next episode.
+* `v_t` is the value of the observation that *followed* the action, before any reset. Where an episode terminated it is
+  multiplied by a discount of zero, and may be anything finite.
 * A termination and a time limit differ. `discount_t = discount * (1 - terminated_t)` makes the future worth nothing;
   `lambda_t = 1 - truncated_t` cuts the return there and bootstraps from `v_t` instead. If both happen at once, the
   discount is zero, so that the termination wins.

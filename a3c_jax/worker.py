@@ -91,7 +91,7 @@ def make_learn(
       algorithm: what to minimise.
       discount: the discount factor gamma, per step, of the returns whose deviation normalises rewards.
       reward_clip: if given, the loss sees rewards clipped to [-reward_clip, reward_clip].
-      terminal_reward: if given, the loss sees it as the reward of each step that terminated an episode.
+      terminal_reward: if given, it takes the place of the reward of each step that terminated an episode, before clipping.
 
     Returns:
       `learn(params, state, trajectory, episodes) -> (gradients, state, report)`, a pure function. Its state is

@@ -63,7 +63,7 @@ class Checkpoint(NamedTuple):
       versions: of Python and of the libraries that made the run, and what else its last bits depend on.
       single_kernel: whether its worker step was a single kernel; None in files written before this field
         existed.
-      objects: what the run was given as an object, `environment`, `network`, `loss` or `optimizer`, by the name
+      objects: what the run was given as an object, `environment`, `network`, `loss`, `optimizer` or `algorithm`, by the name
         of its class or function (`a3c_jax.asynchrony.objects`); None in files written before this field existed.
       in_flight: the parameters from which workers were computing gradients, by their version. Only a replay that
         starts here needs them (`a3c_jax.replay`).

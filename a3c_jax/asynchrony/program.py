@@ -145,7 +145,7 @@ def build(
         `algorithm(config, environment, network) -> a3c_jax.algorithm.Algorithm`.
       single_kernel: whether to compile the worker step into a single kernel, if that is possible; None takes
         what is faster, which for some networks is found by timing. The two differ in the last bits, so that
-        a replay in another process needs what the run had (`TrainResult.single_kernel`).
+        a replay by another program needs what the run had (`TrainResult.single_kernel`).
 
     Returns:
       The program.

@@ -57,8 +57,8 @@ def replay(
       optimizer: the run's optimizer, if it was given.
       algorithm: what the run's workers did, if it was given.
       params: the parameters that the run started from, if they were given.
-      single_kernel: the run's `TrainResult.single_kernel`, or its checkpoint's, if it was made in another
-        process; see `build`.
+      single_kernel: the run's `TrainResult.single_kernel`, or its checkpoint's, if it was made by another program; see
+        `build`. It has no effect if a program is given.
       versions: the run's `Checkpoint.versions`, if it was made in another process: there is a warning if it had
         another number of XLA threads than this one.
       start: a checkpoint of the run to begin at, instead of at its first update.
@@ -67,7 +67,7 @@ def replay(
         with the parameters that it led to, its gradients as a tree, and the metrics of its segment.
 
     Returns:
-      What `train` returned, but for the times.
+      What `train` returned, but for the times and the `stop_reason`, which is `replayed`.
 
     Raises:
       ValueError: if the schedule names a worker or a version that cannot exist, if it is not the one that led to

@@ -17,6 +17,7 @@ from a3c_jax.asynchrony.schedules import check_int
 from a3c_jax.blueprint import Parts, check_parts, describe
 from a3c_jax.config import A3CConfig
 from a3c_jax.host_environment import HostEnvironment
+from a3c_jax.optimizers import Updater
 
 Array = jax.Array
 
@@ -184,7 +185,7 @@ def _make_run(
     config: A3CConfig, parts: Parts, num_versions: int, workers_at_once: int
 ) -> Callable[[Array, dict[str, Array], Schedule], SimulationResult]:
     """The whole run as a pure function of seed, traced fields of the configuration and schedule."""
-    num_workers, skips = config.num_workers, config.nonfinite == "skip"
+    num_workers = config.num_workers
 
     def run(seed: Array, fields: dict[str, Array], schedule: Schedule) -> SimulationResult:
         traced = config.with_traced(**fields)
@@ -200,24 +201,7 @@ def _make_run(
             return blueprint.worker_step(unravel(stale), state)
 
         step_side_by_side = _side_by_side(step, workers_at_once)
-
-        def update(now: _Updated, played: Any) -> tuple[_Updated, Any]:
-            is_possible, k, worker, gradients, report = played
-            new_params, optimizer_state = updater.update(
-                gradients, now.optimizer_state, unravel(now.params), worker
-            )
-            applied = is_possible & optimizer_state.finite
-            runs = now.runs & (applied | skips)
-            applied &= runs
-            params, optimizer_state = _select(
-                applied,
-                (ravel_pytree(new_params)[0], optimizer_state),
-                (now.params, now.optimizer_state),
-            )
-            versions = now.versions.at[(k + 1) % num_versions].set(params)
-            counts = is_possible & runs
-            outputs = (*_mean_return(report.episodes, counts), report.metrics, applied)
-            return _Updated(params, versions, optimizer_state, runs), (counts, outputs)
+        update = _make_update(updater, unravel, num_versions, config.nonfinite == "skip")
 
         def update_group(carry: _Carry, rows: Any) -> tuple[_Carry, Any]:
             updated, states = carry
@@ -243,6 +227,32 @@ def _make_run(
         return SimulationResult(unravel(carry.updated.params), *outputs)
 
     return run
+
+
+def _make_update(
+    updater: Updater, unravel: Callable[[Array], Any], num_versions: int, skips: bool
+) -> Callable[[_Updated, Any], tuple[_Updated, Any]]:
+    """Makes what applies the gradients of one segment that has been played."""
+
+    def update(now: _Updated, played: Any) -> tuple[_Updated, Any]:
+        is_possible, k, worker, gradients, report = played
+        new_params, optimizer_state = updater.update(
+            gradients, now.optimizer_state, unravel(now.params), worker
+        )
+        applied = is_possible & optimizer_state.finite
+        runs = now.runs & (applied | skips)
+        applied &= runs
+        params, optimizer_state = _select(
+            applied,
+            (ravel_pytree(new_params)[0], optimizer_state),
+            (now.params, now.optimizer_state),
+        )
+        versions = now.versions.at[(k + 1) % num_versions].set(params)
+        counts = is_possible & runs
+        outputs = (*_mean_return(report.episodes, counts), report.metrics, applied)
+        return _Updated(params, versions, optimizer_state, runs), (counts, outputs)
+
+    return update
 
 
 def _side_by_side(function: Callable[..., Any], size: int) -> Callable[..., Any]:

@@ -80,7 +80,7 @@ def train(
         seconds. They are still sent every `interval` seconds, several at a time.
       checkpoints: where to save the run: at its start, whenever it is due, and however it ends.
       resume: a checkpoint to go on from (`a3c_jax.find_checkpoint`). Only the budgets of the
-        configuration may differ from the checkpoint's.
+        configuration, and `max_concurrent_workers`, may differ from the checkpoint's.
       ray: where to play: None plays in this process. "auto" plays in processes of the Ray cluster at hand, or of
         one that is started on this machine and ended afterwards, if there is none; "local" always starts one; any
         other string is a cluster's address. `a3c_jax.RayOptions` says more. The result is the same as that of a run

@@ -14,7 +14,7 @@ class Turns:
     Args:
       places: how many threads may run at once.
       seconds: how long a thread keeps its place at least, if another one waits. Shorter turns cost
-        switches, longer ones leave the waiting threads' parameters behind.
+        switches; in longer ones few threads make many updates in a row.
     """
 
     def __init__(self, places: int, seconds: float = 0.02) -> None:
