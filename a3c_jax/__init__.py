@@ -2,7 +2,8 @@
 
 A worker is a pure function; asynchrony is a thin shell around it. The package has three layers.
 
-**The algorithm**, pure functions: what you read to understand A3C. In this order:
+**The algorithm**, pure functions. To understand A3C read `losses`, `rollout`, `networks`, `algorithm`, `worker` and
+`optimizers`, in this order. All modules are
 
 | module                | what lives there                                                              |
 |-----------------------|-------------------------------------------------------------------------------|

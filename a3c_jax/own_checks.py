@@ -47,7 +47,9 @@ def check_loss(config: A3CConfig, loss: Any) -> None:
             "loss must be a function (params, apply_fn, trajectory) -> (scalar, metrics), got "
             f"{loss!r}; give one like a3c_jax.losses.a3c_loss."
         )
-    _check_defaults(config, LOSS_FIELDS, "loss", "bind it to your loss with functools.partial")
+    # The discount of the configuration is still that of the returns by which rewards are normalised.
+    fields = LOSS_FIELDS if config.normalize_rewards else (*LOSS_FIELDS, "discount")
+    _check_defaults(config, fields, "loss", "bind it to your loss with functools.partial")
 
 
 def _with_checked_result(loss: Callable[..., Any]) -> Callable[..., Any]:

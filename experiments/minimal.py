@@ -93,7 +93,7 @@ def train(seed: int = 0, solved: float = 475.0, max_updates: int = 20_000) -> tu
 
     with ThreadPoolExecutor(NUM_WORKERS) as threads:
         list(threads.map(work, keys[2:]))
-    return sum(returns) / 100, int(shared.step) * ENVS_PER_WORKER * NUM_STEPS
+    return sum(returns) / max(1, len(returns)), int(shared.step) * ENVS_PER_WORKER * NUM_STEPS
 
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ def test_a_function_of_the_learning_rate_gets_the_configurations():
     ("fields", "objects", "message"),
     [
         ({"entropy_cost": 0.5}, {"loss": a3c_loss}, "entropy_cost belongs to the built-in loss"),
+        ({"discount": 0.9}, {"loss": a3c_loss}, "discount belongs to the built-in loss"),
         ({"momentum": 0.5}, {"optimizer": optax.sgd(0.1)}, "momentum belongs to the built-in optim"),
         ({"learning_rate": 0.5}, {"optimizer": optax.sgd(0.1)}, "learning_rate belongs to the"),
         ({}, {"optimizer": "adam"}, "optimizer must be an optax transformation"),

@@ -157,7 +157,8 @@ class Counters:
         moments = list(self._moments)
         self._moments.clear()
         shown = moments[-1].totals if moments else self._last_taken
-        if shown != self.totals if last else self._updates_per_row is None:
+        is_due = shown != self.totals if last else self._updates_per_row is None
+        if is_due:
             moments.append(self.moment())
         self._last_taken = moments[-1].totals if moments else self._last_taken
         self.log.seal()

@@ -1,6 +1,7 @@
 """`train`: runs a program in worker threads, shows what happens, and saves it."""
 
 import contextlib
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -137,7 +138,8 @@ def train(
         if error is None and noted:  # too late to interrupt the threads
             error = KeyboardInterrupt(noted[0])
         if isinstance(error, KeyboardInterrupt):
-            error = TrainingInterrupted(result, *error.args[:1] or (2,))
+            number = error.args[0] if error.args else signal.SIGINT
+            error = TrainingInterrupted(result, number)
         outlets.add_failure_to(error)
         error = error or outlets.failure
         if error is not None:
