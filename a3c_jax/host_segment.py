@@ -29,7 +29,7 @@ class HostSegment:
         self._ended = np.empty((num_steps, num_envs), bool)
         self._returns = np.empty((num_steps, num_envs), np.float32)
         self._lengths = np.empty((num_steps, num_envs), np.int32)
-        self._valid = np.ones((num_steps, num_envs), bool) if marks_beginnings else ()
+        self._valid = np.ones((num_steps, num_envs), bool) if marks_beginnings else None
 
     def observation(self) -> Any:
         """What to act upon next."""
@@ -56,7 +56,7 @@ class HostSegment:
         self._returns[t], self._lengths[t] = self.episode_return, self.episode_length
         if ended.any():
             # A step that marks beginnings returns it as what to act upon next, and that is kept anyway.
-            if isinstance(self._valid, tuple):
+            if self._valid is None:
                 self._final[t] = stepped.final_observation
             self.episode_return = np.where(ended, np.float32(0), self.episode_return)
             self.episode_length = np.where(ended, np.int32(0), self.episode_length)

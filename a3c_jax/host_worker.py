@@ -136,7 +136,7 @@ class HostWorkerStep:
             observation_t=observation,
             carry=state.carry,
             log_prob_tm1=zeros(log_prob),
-            valid_tm1=~flags if self.environment.marks_beginnings else (),
+            valid_tm1=~flags if self.environment.marks_beginnings else None,
         )
         episodes = rollout.Episodes(flags, reward, reward.astype(jnp.int32))
         return _learning_part(state._replace(carry=carry)), flags[0], trajectory, episodes

@@ -129,7 +129,7 @@ def n_step_advantages(
     return n_step_returns(r_t, discount_t, v_t, lambda_t) - v_tm1
 
 
-def actor_loss(log_prob_tm1: Array, advantage_tm1: Array) -> Array:
+def actor_loss(log_prob_tm1: Array, advantage_tm1: Array, valid_tm1: Array | None = None) -> Array:
     r"""The policy gradient's surrogate loss.
 
     .. math::
@@ -143,6 +143,7 @@ def actor_loss(log_prob_tm1: Array, advantage_tm1: Array) -> Array:
     Args:
       log_prob_tm1: log-probabilities of the actions taken, `[T, ...]`, float, in nats.
       advantage_tm1: their advantages, `[T, ...]`, float.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
 
     Returns:
       The mean loss, a scalar.
@@ -153,10 +154,10 @@ def actor_loss(log_prob_tm1: Array, advantage_tm1: Array) -> Array:
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4.
     """
     log_prob_tm1, advantage_tm1 = _as_floats(log_prob_tm1=log_prob_tm1, advantage_tm1=advantage_tm1)
-    return -jnp.mean(log_prob_tm1 * jax.lax.stop_gradient(advantage_tm1))
+    return -mean_over(valid_tm1, log_prob_tm1 * jax.lax.stop_gradient(advantage_tm1))
 
 
-def critic_loss(v_tm1: Array, return_tm1: Array) -> Array:
+def critic_loss(v_tm1: Array, return_tm1: Array, valid_tm1: Array | None = None) -> Array:
     r"""Half the mean squared error of the values against their returns.
 
     .. math::
@@ -170,6 +171,7 @@ def critic_loss(v_tm1: Array, return_tm1: Array) -> Array:
     Args:
       v_tm1: values of the observations acted upon, `[T, ...]`, float.
       return_tm1: their returns, `[T, ...]`, float.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
 
     Returns:
       The mean loss, a scalar.
@@ -180,10 +182,10 @@ def critic_loss(v_tm1: Array, return_tm1: Array) -> Array:
     Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm S3 (whose squared error has no half).
     """
     v_tm1, return_tm1 = _as_floats(v_tm1=v_tm1, return_tm1=return_tm1)
-    return 0.5 * jnp.mean(jnp.square(jax.lax.stop_gradient(return_tm1) - v_tm1))
+    return 0.5 * mean_over(valid_tm1, jnp.square(jax.lax.stop_gradient(return_tm1) - v_tm1))
 
 
-def entropy_loss(entropy_tm1: Array) -> Array:
+def entropy_loss(entropy_tm1: Array, valid_tm1: Array | None = None) -> Array:
     r"""Minus the mean entropy, so that *adding* it, times a positive cost, rewards exploration.
 
     .. math::
@@ -194,6 +196,7 @@ def entropy_loss(entropy_tm1: Array) -> Array:
 
     Args:
       entropy_tm1: entropies of the whole action distributions, `[T, ...]`, float, in nats.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
 
     Returns:
       The mean loss, a scalar: never positive for a categorical distribution.
@@ -204,10 +207,10 @@ def entropy_loss(entropy_tm1: Array) -> Array:
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4, after Williams & Peng 1991.
     """
     (entropy_tm1,) = _as_floats(entropy_tm1=entropy_tm1)
-    return -jnp.mean(entropy_tm1)
+    return -mean_over(valid_tm1, entropy_tm1)
 
 
-def explained_variance(v_tm1: Array, return_tm1: Array) -> Array:
+def explained_variance(v_tm1: Array, return_tm1: Array, valid_tm1: Array | None = None) -> Array:
     r"""The share of the returns' variance that the critic explains.
 
     .. math::
@@ -222,6 +225,7 @@ def explained_variance(v_tm1: Array, return_tm1: Array) -> Array:
     Args:
       v_tm1: values, `[T, ...]`, float.
       return_tm1: returns, `[T, ...]`, float.
+      valid_tm1: which steps the variances are over, `[T, ...]` bool; None for all.
 
     Returns:
       A scalar, at most one.
@@ -230,9 +234,12 @@ def explained_variance(v_tm1: Array, return_tm1: Array) -> Array:
       AssertionError: if shapes differ or an array is not of floats.
     """
     v_tm1, return_tm1 = _as_floats(v_tm1=v_tm1, return_tm1=return_tm1)
-    variance = jnp.var(return_tm1)  # of equal numbers it may be a tiny positive one
-    varies = (jnp.max(return_tm1) > jnp.min(return_tm1)) & (variance > 0.0)
-    unexplained = jnp.var(return_tm1 - v_tm1) / jnp.where(varies, variance, 1.0)
+    variance = jnp.var(
+        return_tm1, where=valid_tm1
+    )  # of equal numbers it may be a tiny positive one
+    lowest = jnp.min(return_tm1, initial=jnp.inf, where=valid_tm1)
+    varies = (jnp.max(return_tm1, initial=-jnp.inf, where=valid_tm1) > lowest) & (variance > 0.0)
+    unexplained = jnp.var(return_tm1 - v_tm1, where=valid_tm1) / jnp.where(varies, variance, 1.0)
     return jnp.where(varies, 1.0 - unexplained, 0.0)
 
 
@@ -277,44 +284,30 @@ def a3c_loss(
     that of Schulman et al. 2016, arXiv:1506.02438.
     """
     distribution_tm1, v_tm1, v_t = apply_fn(params, trajectory)
-    r_t, valid_tm1 = trajectory.reward_t, getattr(trajectory, "valid_tm1", ())
+    r_t, valid_tm1 = trajectory.reward_t, getattr(trajectory, "valid_tm1", None)
     discount_t = discount * (1.0 - trajectory.terminated_t.astype(r_t.dtype))
     lambda_t = lambda_ * (1.0 - trajectory.truncated_t.astype(r_t.dtype))
     r_t, v_tm1 = _as_floats(r_t=r_t, v_tm1=v_tm1)
-    r_t = where_valid(valid_tm1, r_t, jax.lax.stop_gradient(v_tm1))  # this return teaches nothing
-    discount_t = where_valid(valid_tm1, discount_t, 0.0)
     return_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
     advantage_tm1 = return_tm1 - v_tm1
     log_prob_tm1 = distribution_tm1.log_prob(trajectory.action_tm1)
-    actor = over_valid(valid_tm1, actor_loss(log_prob_tm1, advantage_tm1))
-    critic = over_valid(valid_tm1, critic_loss(v_tm1, return_tm1))
-    entropy_tm1 = where_valid(valid_tm1, distribution_tm1.entropy(), 0.0)
-    entropy = over_valid(valid_tm1, entropy_loss(entropy_tm1))
+    actor = actor_loss(log_prob_tm1, advantage_tm1, valid_tm1)
+    critic = critic_loss(v_tm1, return_tm1, valid_tm1)
+    entropy = entropy_loss(distribution_tm1.entropy(), valid_tm1)
     loss = actor + critic_cost * critic + entropy_cost * entropy
-    v_tm1, return_tm1 = _even_out(valid_tm1, v_tm1, return_tm1)
     return loss, {
         "loss": loss,
         "actor_loss": actor,
         "critic_loss": critic,
         "entropy_loss": entropy,
         "entropy": -entropy,
-        "mean_advantage": over_valid(valid_tm1, jnp.mean(advantage_tm1)),
-        "explained_variance": explained_variance(v_tm1, return_tm1),
+        "mean_advantage": mean_over(valid_tm1, advantage_tm1),
+        "explained_variance": explained_variance(v_tm1, return_tm1, valid_tm1),
     }
 
 
-def where_valid(valid: Any, x: Array, otherwise: Any) -> Array:
-    """`x` where steps are valid, a trajectory's `valid_tm1`; everywhere if that is `()`, because all are."""
-    return x if isinstance(valid, tuple) else jnp.where(valid, x, otherwise)
-
-
-def over_valid(valid: Any, mean: Array) -> Array:
-    """The mean over valid steps, from one over all steps to which the others add zero."""
-    return mean if isinstance(valid, tuple) else mean / jnp.maximum(jnp.mean(valid), 1e-8)
-
-
-def _even_out(valid: Any, *arrays: Array) -> tuple[Array, ...]:
-    """Arrays whose invalid steps have the mean of the valid ones, so that they change no ratio of variances."""
-    if isinstance(valid, tuple):
-        return arrays
-    return tuple(jnp.where(valid, x, over_valid(valid, jnp.mean(x * valid))) for x in arrays)
+def mean_over(valid_tm1: Array | None, x: Array) -> Array:
+    """The mean over the steps that are valid, over all if `valid_tm1` is None; zero if none is."""
+    if valid_tm1 is None:
+        return jnp.mean(x)
+    return jnp.sum(jnp.where(valid_tm1, x, 0.0)) / jnp.maximum(jnp.sum(valid_tm1), 1)

@@ -18,7 +18,7 @@ import numpy as np
 from a3c_jax.action_values import ActionValues, EpsilonGreedy
 from a3c_jax.algorithm import SHARED, Algorithm, describe_network
 from a3c_jax.config import LOSS_FIELDS, A3CConfig, default_of
-from a3c_jax.losses import over_valid, where_valid
+from a3c_jax.losses import mean_over
 from a3c_jax.networks import NetworkFunctions, network_functions
 from a3c_jax.normalization import STATISTICS
 from a3c_jax.protocol import Environment
@@ -97,7 +97,12 @@ def one_step_q(
 
     def loss(values: Values, trajectory: Trajectory, discount_t: Array) -> Array:
         return q_learning_loss(
-            values.q_tm1, trajectory.action_tm1, trajectory.reward_t, discount_t, values.q_t
+            values.q_tm1,
+            trajectory.action_tm1,
+            trajectory.reward_t,
+            discount_t,
+            values.q_t,
+            trajectory.valid_tm1,
         )
 
     return value_method(config, environment, network, loss, **options)
@@ -127,6 +132,7 @@ def one_step_sarsa(
             discount_t,
             values.q_t,
             jnp.concatenate([inside, probabilities[-1:]]),
+            trajectory.valid_tm1,
         )
 
     return value_method(config, environment, network, loss, **options)
@@ -149,6 +155,7 @@ def n_step_q(
             discount_t,
             values.q_t,
             lambda_t,
+            trajectory.valid_tm1,
         )
 
     return value_method(config, environment, network, loss, **options)
@@ -210,17 +217,10 @@ def value_method(
     ) -> tuple[Array, dict[str, Array]]:
         values = _values(functions, params, trajectory, epsilon(params, own))
         discount_t = config.discount * (1.0 - trajectory.terminated_t)
-        valid_tm1 = trajectory.valid_tm1
-        own_tm1 = jnp.take_along_axis(values.q_tm1, trajectory.action_tm1[..., None], -1)[..., 0]
-        # The target that a step has already teaches nothing.
-        r_t = where_valid(valid_tm1, trajectory.reward_t, jax.lax.stop_gradient(own_tm1))
-        trajectory = trajectory._replace(reward_t=r_t)
-        discount_t = where_valid(valid_tm1, discount_t, 0.0)
-        value_loss = over_valid(valid_tm1, loss(values, trajectory, discount_t))
-        best_tm1 = where_valid(valid_tm1, jnp.max(values.q_tm1, axis=-1), 0.0)
+        value_loss = loss(values, trajectory, discount_t)
         return value_loss, {
             "loss": value_loss,
-            "mean_value": over_valid(valid_tm1, jnp.mean(best_tm1)),
+            "mean_value": mean_over(trajectory.valid_tm1, jnp.max(values.q_tm1, axis=-1)),
             "epsilon": jnp.mean(epsilon(params, own)),
         }
 

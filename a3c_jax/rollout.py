@@ -31,7 +31,7 @@ class Trajectory(NamedTuple):
         A loss that compares that policy with the current one reads it. If the loss does not, the compiler leaves
         it out.
       valid_tm1: False at a step that only began an environment's next episode, so that its action did nothing and
-        the losses leave it out, `[T, N]` bool. `()` if every step counts, as in all environments but those of
+        the losses leave it out, `[T, N]` bool. None if every step counts, as in all environments but those of
         Gymnasium whose autoreset is NextStep.
     """
 
@@ -43,7 +43,7 @@ class Trajectory(NamedTuple):
     observation_t: Any
     carry: Any = ()
     log_prob_tm1: Any = ()
-    valid_tm1: Any = ()
+    valid_tm1: Any = None
 
 
 class Episodes(NamedTuple):

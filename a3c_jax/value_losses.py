@@ -12,13 +12,18 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from a3c_jax.losses import n_step_returns
+from a3c_jax.losses import mean_over, n_step_returns
 
 Array = jax.Array
 
 
 def q_learning_loss(
-    q_tm1: Array, action_tm1: Array, r_t: Array, discount_t: Array, q_t: Array
+    q_tm1: Array,
+    action_tm1: Array,
+    r_t: Array,
+    discount_t: Array,
+    q_t: Array,
+    valid_tm1: Array | None = None,
 ) -> Array:
     r"""Half the mean squared error of one-step Q-learning.
 
@@ -35,6 +40,7 @@ def q_learning_loss(
       r_t: rewards, `[T, ...]`, float.
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       q_t: values of all actions at the observations that followed, `[T, ..., A]`, float.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
 
     Returns:
       The mean loss, a scalar.
@@ -46,7 +52,8 @@ def q_learning_loss(
     """
     _assert_action_values(q_tm1, action_tm1, q_t)
     # With lambda zero the return looks one step ahead.
-    return _squared_error(q_tm1, action_tm1, n_step_returns(r_t, discount_t, q_t.max(-1), 0.0))
+    target_tm1 = n_step_returns(r_t, discount_t, q_t.max(-1), 0.0)
+    return _squared_error(q_tm1, action_tm1, target_tm1, valid_tm1)
 
 
 def sarsa_loss(
@@ -56,6 +63,7 @@ def sarsa_loss(
     discount_t: Array,
     q_t: Array,
     probabilities_t: Array,
+    valid_tm1: Array | None = None,
 ) -> Array:
     r"""Half the mean squared error of one-step Sarsa.
 
@@ -77,6 +85,7 @@ def sarsa_loss(
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       q_t: values of all actions at the observations that followed, `[T, ..., A]`, float.
       probabilities_t: the next action, one-hot, or the probabilities of all, `[T, ..., A]`, float.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
 
     Returns:
       The mean loss, a scalar.
@@ -90,7 +99,8 @@ def sarsa_loss(
     _assert_action_values(q_tm1, action_tm1, q_t)
     chex.assert_equal_shape([q_t, probabilities_t])
     v_t = jnp.sum(probabilities_t * q_t, axis=-1)
-    return _squared_error(q_tm1, action_tm1, n_step_returns(r_t, discount_t, v_t, 0.0))
+    target_tm1 = n_step_returns(r_t, discount_t, v_t, 0.0)
+    return _squared_error(q_tm1, action_tm1, target_tm1, valid_tm1)
 
 
 def n_step_q_loss(
@@ -100,6 +110,7 @@ def n_step_q_loss(
     discount_t: Array,
     q_t: Array,
     lambda_t: Array | float = 1.0,
+    valid_tm1: Array | None = None,
 ) -> Array:
     r"""Half the mean squared error of n-step Q-learning, in the forward view.
 
@@ -120,6 +131,7 @@ def n_step_q_loss(
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       q_t: values of all actions at the observations that followed, `[T, ..., A]`, float.
       lambda_t: `1 - truncated_t`, `[T, ...]` or a scalar.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
 
     Returns:
       The mean loss, a scalar.
@@ -130,15 +142,18 @@ def n_step_q_loss(
     Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm S2.
     """
     _assert_action_values(q_tm1, action_tm1, q_t)
-    return _squared_error(q_tm1, action_tm1, n_step_returns(r_t, discount_t, q_t.max(-1), lambda_t))
+    target_tm1 = n_step_returns(r_t, discount_t, q_t.max(-1), lambda_t)
+    return _squared_error(q_tm1, action_tm1, target_tm1, valid_tm1)
 
 
-def _squared_error(q_tm1: Array, action_tm1: Array, target_tm1: Array) -> Array:
+def _squared_error(
+    q_tm1: Array, action_tm1: Array, target_tm1: Array, valid_tm1: Array | None
+) -> Array:
     # The action is selected by comparison rather than by indexing, whose gradient is a slow scatter.
     chosen = action_tm1[..., None] == jnp.arange(q_tm1.shape[-1])
     q_chosen = jnp.sum(jnp.where(chosen, q_tm1, 0.0), axis=-1)
     chex.assert_equal_shape([q_chosen, target_tm1])
-    return 0.5 * jnp.mean(jnp.square(jax.lax.stop_gradient(target_tm1) - q_chosen))
+    return 0.5 * mean_over(valid_tm1, jnp.square(jax.lax.stop_gradient(target_tm1) - q_chosen))
 
 
 def _assert_action_values(q_tm1: Array, action_tm1: Array, q_t: Array) -> None:

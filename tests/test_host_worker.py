@@ -139,7 +139,7 @@ def test_targets_are_bootstrapped_from_what_followed_the_action(mode):
                 1.0 - x.truncated_t,
             )
         )
-        valid = np.ones(x.reward_t.shape, bool) if isinstance(x.valid_tm1, tuple) else x.valid_tm1
+        valid = np.ones(x.reward_t.shape, bool) if x.valid_tm1 is None else x.valid_tm1
         assert valid.all() == (mode != "NextStep")
         for t, n in np.argwhere((x.terminated_t | x.truncated_t) & valid):
             pays, left, terminates = x.observation_t[t, n]
@@ -345,7 +345,7 @@ def test_an_episode_begins_without_memory_of_the_last_one_and_so_it_is_learnt_fr
             for carry in jax.tree.leaves(state.carry):
                 np.testing.assert_array_equal(np.all(np.asarray(carry) == 0.0, axis=-1), begins)
             begun += begins.sum()
-            invalid += np.sum(~np.asarray(x.valid_tm1, bool))
+            invalid += 0 if x.valid_tm1 is None else np.sum(~x.valid_tm1)
         assert begun > 5 and (invalid > 5) == (kind == "wrapped")
 
 

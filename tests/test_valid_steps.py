@@ -269,7 +269,7 @@ def test_a_segment_without_its_invalid_steps_gives_the_same(name):
         without = as_trajectory([[step for step in column if step.valid]])
         assert len(without.valid_tm1) == T - 3
         # They have no marks, because none are needed.
-        expected, expected_metrics = gradient(params, without._replace(valid_tm1=()))
+        expected, expected_metrics = gradient(params, without._replace(valid_tm1=None))
         found, metrics = gradient(params, whole)
         chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-4, atol=1e-5)
         chex.assert_trees_all_close(found["params"], expected["params"], rtol=1e-4, atol=1e-5)
@@ -317,7 +317,7 @@ def test_trajectories_without_marks_give_what_they_always_gave():
     loss = functools.partial(a3c_loss, params, trajectory_apply(PolicyTable()))
     unmarked = Unmarked(*trajectory[:6])
     all_valid = trajectory._replace(valid_tm1=np.ones((T, N), bool))
-    a, b, c = (loss(x)[1] for x in (unmarked, trajectory._replace(valid_tm1=()), all_valid))
+    a, b, c = (loss(x)[1] for x in (unmarked, trajectory._replace(valid_tm1=None), all_valid))
     chex.assert_trees_all_equal(a, b)
     chex.assert_trees_all_close(a, c, rtol=1e-5, atol=1e-6)
     assert abs(loss(trajectory)[0] - a["loss"]) > 1e-3
