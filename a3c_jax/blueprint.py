@@ -17,7 +17,7 @@ from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.host_worker import HostWorkerStep, rehearse
 from a3c_jax.optimizers import Updater, make_optimizer, make_updater
 from a3c_jax.own_checks import check_loss, checked_algorithm, checked_optimizer
-from a3c_jax.worker import WorkerState, make_differentiate, make_worker_step
+from a3c_jax.worker import WorkerState, differentiate, make_worker_step
 
 MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
 Optimizer: TypeAlias = optax.GradientTransformation | MakeOptimizer
@@ -147,7 +147,7 @@ def describe(config: A3CConfig, parts: Parts) -> Blueprint:
     environment = parts.environment
     algorithm = parts.make_algorithm(config, environment, parts.network)
     optimizer = _with_moments(config, functools.partial(parts.make_optimizer, config))
-    differentiate = make_differentiate(algorithm) if algorithm.learns_at_newest else None
+    at_newest = functools.partial(differentiate, algorithm) if algorithm.learns_at_newest else None
     return Blueprint(
         environment=environment,
         network=algorithm.network,
@@ -158,7 +158,7 @@ def describe(config: A3CConfig, parts: Parts) -> Blueprint:
         updater=lambda learning_rate: make_updater(
             optimizer(learning_rate),
             after_update=algorithm.after_update,
-            differentiate=differentiate,
+            differentiate=at_newest,
         ),
         evaluation_key=lambda seed: _split_seed(seed)[2],
     )

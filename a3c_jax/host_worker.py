@@ -26,7 +26,7 @@ from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.host_segment import HostSegment
 from a3c_jax.host_state import ActionLog, HostState, Live
 from a3c_jax.over_leaves import OverLeaves, keep_gradients_and_report, keep_nothing
-from a3c_jax.worker import SegmentReport, WorkerState, make_learn
+from a3c_jax.worker import SegmentReport, WorkerState, learn
 
 Array = jax.Array
 
@@ -44,14 +44,14 @@ class HostWorkerStep:
       environment: what to play.
       algorithm: how to choose actions, and what to minimise.
       t_max: the number of steps played in each environment between two updates.
-      **rewards: see `a3c_jax.worker.make_learn`.
+      **rewards: see `a3c_jax.worker.learn`.
     """
 
     def __init__(
         self, environment: HostEnvironment, algorithm: Algorithm, *, t_max: int, **rewards: Any
     ) -> None:
         self.environment, self.algorithm, self.t_max = environment, algorithm, t_max
-        self._learn = make_learn(algorithm, **rewards)
+        self._rewards = rewards
 
     def act(
         self,
@@ -104,7 +104,7 @@ class HostWorkerStep:
         key, _ = jax.random.split(state.key)
         fresh = self.algorithm.initialize_carry(ended.shape[0])
         state = state._replace(key=key, carry=where_tree(ended, fresh, state.carry))
-        return self._learn(params, state, trajectory, episodes)
+        return learn(self.algorithm, params, state, trajectory, episodes, **self._rewards)
 
     def rehearse(self, params: Any, state: WorkerState) -> tuple[Any, WorkerState, SegmentReport]:
         """A step in which all observations are zeros. It needs no environment, and may be traced.

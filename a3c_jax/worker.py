@@ -47,10 +47,6 @@ class Segment(NamedTuple):
 
 
 WorkerStep: TypeAlias = Callable[[Any, WorkerState], tuple[Any, WorkerState, SegmentReport]]
-Differentiate: TypeAlias = Callable[[Any, Segment], tuple[Any, Metrics]]
-Learn: TypeAlias = Callable[
-    [Any, WorkerState, rollout.Trajectory, rollout.Episodes], tuple[Any, WorkerState, SegmentReport]
-]
 
 
 def make_worker_step(
@@ -62,13 +58,12 @@ def make_worker_step(
       environment: what to play.
       algorithm: how to choose actions, and what to minimise.
       t_max: the number of steps played in each environment between two updates.
-      **rewards: see `make_learn`.
+      **rewards: see `learn`.
 
     Returns:
       `worker_step(params, state) -> (gradients, state, report)`, a pure function. If the algorithm learns at
       the newest parameters, the segment itself takes the place of the gradients.
     """
-    learn = make_learn(algorithm, **rewards)
 
     def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, SegmentReport]:
         fresh_carry = algorithm.initialize_carry(len(state.episode_return))
@@ -77,81 +72,77 @@ def make_worker_step(
             return algorithm.act(params, key, observation, carry, state.own)
 
         state, trajectory, episodes = rollout.unroll(environment, policy, state, t_max, fresh_carry)
-        return learn(params, state, trajectory, episodes)
+        return learn(algorithm, params, state, trajectory, episodes, **rewards)
 
     return worker_step
 
 
-def make_learn(
-    algorithm: Algorithm, *, discount: Any, reward_clip: Any = None, terminal_reward: Any = None
-) -> Learn:
-    """Makes the second half of a worker's step: from a segment to the gradients of its loss.
+def learn(
+    algorithm: Algorithm,
+    params: Any,
+    state: WorkerState,
+    trajectory: rollout.Trajectory,
+    episodes: rollout.Episodes,
+    *,
+    discount: Any,
+    reward_clip: Any = None,
+    terminal_reward: Any = None,
+) -> tuple[Any, WorkerState, SegmentReport]:
+    """The second half of a worker's step: from a segment to the gradients of its loss.
 
     Args:
       algorithm: what to minimise.
+      params: the parameters that the segment was played with.
+      state: the worker's state at the segment's end.
+      trajectory: the segment.
+      episodes: the episodes that ended in it.
       discount: the discount factor gamma, per step, of the returns whose deviation normalises rewards.
       reward_clip: if given, the loss sees rewards clipped to [-reward_clip, reward_clip].
       terminal_reward: if given, it takes the place of the reward of each step that terminated an episode, before clipping.
 
     Returns:
-      `learn(params, state, trajectory, episodes) -> (gradients, state, report)`, a pure function. Its state is
-      the one at the segment's end.
+      The gradients, or the segment itself if the algorithm learns at the newest parameters; the state; the report.
     """
-    differentiate = make_differentiate(algorithm)
-
-    def learn(
-        params: Any,
-        state: WorkerState,
-        trajectory: rollout.Trajectory,
-        episodes: rollout.Episodes,
-    ) -> tuple[Any, WorkerState, SegmentReport]:
-        # If the parameters hold running moments, the gradients carry the moments of this segment.
-        running_moments = normalization.get_statistics(params)
-        segment_moments: dict[str, Any] = {}
-        if "observation" in running_moments:
-            segment_moments["observation"] = normalization.batch_moments(
-                trajectory.observation_tm1, num_batch_dims=2
-            )
-        reward_t = trajectory.reward_t
-        if "reward" in running_moments:
-            state, segment_moments["reward"] = _moments_of_returns(state, trajectory, discount)
-            reward_t = normalization.scale_to_unit_variance(reward_t, running_moments["reward"])
-        if terminal_reward is not None:
-            reward_t = jnp.where(trajectory.terminated_t, terminal_reward, reward_t)
-        if reward_clip is not None:
-            reward_t = jnp.clip(reward_t, -reward_clip, reward_clip)
-
-        segment = Segment(trajectory._replace(reward_t=reward_t), state.own, segment_moments)
-        gradients, metrics = (
-            (segment, {}) if algorithm.learns_at_newest else differentiate(params, segment)
+    # If the parameters hold running moments, the gradients carry the moments of this segment.
+    running_moments = normalization.get_statistics(params)
+    segment_moments: dict[str, Any] = {}
+    if "observation" in running_moments:
+        segment_moments["observation"] = normalization.batch_moments(
+            trajectory.observation_tm1, num_batch_dims=2
         )
-        num_episodes = jnp.sum(episodes.ended, dtype=jnp.int32)
-        return gradients, state, SegmentReport(metrics, episodes, num_episodes)
+    reward_t = trajectory.reward_t
+    if "reward" in running_moments:
+        state, segment_moments["reward"] = _moments_of_returns(state, trajectory, discount)
+        reward_t = normalization.scale_to_unit_variance(reward_t, running_moments["reward"])
+    if terminal_reward is not None:
+        reward_t = jnp.where(trajectory.terminated_t, terminal_reward, reward_t)
+    if reward_clip is not None:
+        reward_t = jnp.clip(reward_t, -reward_clip, reward_clip)
 
-    return learn
+    segment = Segment(trajectory._replace(reward_t=reward_t), state.own, segment_moments)
+    num_episodes = jnp.sum(episodes.ended, dtype=jnp.int32)
+    if algorithm.learns_at_newest:
+        return segment, state, SegmentReport({}, episodes, num_episodes)
+    gradients, metrics = differentiate(algorithm, params, segment)
+    return gradients, state, SegmentReport(metrics, episodes, num_episodes)
 
 
-def make_differentiate(algorithm: Algorithm) -> Differentiate:
-    """Makes `differentiate(params, segment) -> (gradients, metrics)`, a pure function.
+def differentiate(algorithm: Algorithm, params: Any, segment: Segment) -> tuple[Any, Metrics]:
+    """The gradients of the algorithm's loss of a segment, and what it reports.
 
     The gradients are a tree like the parameters without what the algorithm shares.
     """
+    weights, shared = split_shared(params)
 
-    def differentiate(params: Any, segment: Segment) -> tuple[Any, Metrics]:
-        weights, shared = split_shared(params)
+    def loss(weights: Any) -> tuple[Array, Metrics]:
+        return algorithm.loss(join_shared(weights, shared), segment.trajectory, segment.own)
 
-        def loss(weights: Any) -> tuple[Array, Metrics]:
-            params = join_shared(weights, shared)
-            return algorithm.loss(params, segment.trajectory, segment.own)
-
-        gradients, metrics = jax.grad(loss, has_aux=True)(weights)
-        squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
-        metrics = {**metrics, "gradient_norm": jnp.sqrt(sum(squares))}
-        if segment.moments:
-            gradients = {**gradients, normalization.STATISTICS: segment.moments}
-        return gradients, metrics
-
-    return differentiate
+    gradients, metrics = jax.grad(loss, has_aux=True)(weights)
+    squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
+    metrics = {**metrics, "gradient_norm": jnp.sqrt(sum(squares))}
+    if segment.moments:
+        gradients = {**gradients, normalization.STATISTICS: segment.moments}
+    return gradients, metrics
 
 
 def _moments_of_returns(
