@@ -64,31 +64,15 @@ class Parts(NamedTuple):
     make_optimizer: Callable[[A3CConfig, Any], optax.GradientTransformation]
 
 
-def make_blueprint(
-    config: A3CConfig,
-    *,
-    environment: Any = None,
-    network: Any = None,
-    loss: Loss | None = None,
-    optimizer: Optimizer | None = None,
-    algorithm: MakeAlgorithm | None = None,
-) -> Blueprint:
+def make_blueprint(config: A3CConfig, **objects: Any) -> Blueprint:
     """Makes what a configuration describes, but for its seed and its learning rate, which are arguments.
 
-    Args and Raises are those of `check_parts`.
+    Args and Raises are those of `make_parts`.
     """
-    parts = check_parts(
-        config,
-        environment=environment,
-        network=network,
-        loss=loss,
-        optimizer=optimizer,
-        algorithm=algorithm,
-    )
-    return describe(config, parts)
+    return describe(config, make_parts(config, **objects))
 
 
-def check_parts(
+def make_parts(
     config: A3CConfig,
     *,
     environment: Any = None,

@@ -11,7 +11,7 @@ import numpy as np
 
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.objects import name_objects
-from a3c_jax.blueprint import Blueprint, check_parts, describe
+from a3c_jax.blueprint import Blueprint, describe, make_parts
 from a3c_jax.config import A3CConfig, changes_needing_compilation, is_same_optimizer
 from a3c_jax.environments import Environment, HostEnvironment
 from a3c_jax.host_worker import HostWorkerStep, rehearse
@@ -158,7 +158,7 @@ def build(
     began = time.perf_counter()
     objects = {"environment": environment, "network": network}
     objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
-    parts = check_parts(config, **objects)
+    parts = make_parts(config, **objects)
     blueprint = describe(config, parts)
     init = _compiled.compile_for_few_calls(blueprint.init)
     start = _compiled.compile_for_few_calls(blueprint.start)

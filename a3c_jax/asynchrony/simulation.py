@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from a3c_jax.asynchrony.records import Schedule
 from a3c_jax.asynchrony.schedules import check_int
-from a3c_jax.blueprint import Parts, check_parts, describe
+from a3c_jax.blueprint import Parts, describe, make_parts
 from a3c_jax.config import A3CConfig
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.optimizers import Updater
@@ -144,7 +144,7 @@ def make_simulation(
     check_int("workers_at_once", workers_at_once, 1)
     objects = {"environment": environment, "network": network}
     objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
-    parts = check_parts(config, **objects)
+    parts = make_parts(config, **objects)
     if isinstance(parts.environment, HostEnvironment):
         raise ValueError(
             f"a simulation is one compiled program and needs an environment written in JAX, got {parts.environment.name!r}, "
