@@ -37,7 +37,7 @@ def apply(params, trajectory):
 def segment(terminated, truncated):
     zero = jnp.zeros(2)
     ends = jnp.array(terminated), jnp.array(truncated)
-    return Trajectory(zero, zero.astype(int), jnp.array([1.0, 1.0]), *ends, zero, (), zero, ())
+    return Trajectory(zero, zero.astype(int), jnp.array([1.0, 1.0]), *ends, zero, (), zero)
 
 
 def test_the_articles_entropy_is_that_of_the_chosen_actions_and_is_added():

@@ -272,7 +272,9 @@ def in_pairs():
     return jax.jit(make_simulation(skips, max_staleness=3, workers_at_once=2))
 
 
-@pytest.mark.parametrize("name", ["round_robin", "fixed_delay"])
+@pytest.mark.parametrize(
+    "name", ["round_robin", pytest.param("fixed_delay", marks=pytest.mark.slow)]
+)
 def test_segments_side_by_side_are_the_same_run(name, in_pairs):
     simulated = in_pairs(2, 0.02, SCHEDULES[name])
     assert simulated.applied.shape == (UPDATES,) and simulated.applied.all()
