@@ -101,6 +101,7 @@ def test_the_schedule_of_a_run_on_ray_repeats_it_in_one_thread(cluster, environm
     assert_equal_runs(result, replay(built, result.schedule))
 
 
+@pytest.mark.slow
 def test_workers_can_share_a_process(cluster):
     built = program(config_of(num_workers=4))
     result = train(built, ray=RayOptions(workers_per_process=2))

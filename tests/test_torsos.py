@@ -116,6 +116,7 @@ def test_the_paper_has_these_parameters():
     }
 
 
+@pytest.mark.slow
 def test_the_torso_can_be_mapped_over_parameters_and_observations():
     torso, plain = Atari((8,), nn.relu), PlainAtari((8,))
     observations = frames(2, 40, 4, 24, 24)
@@ -128,8 +129,15 @@ def test_the_torso_can_be_mapped_over_parameters_and_observations():
     assert_equal_but_for_rounding(mapped, jnp.stack(one_by_one))
 
 
-@pytest.mark.parametrize("core", [None, "lstm"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("shared", "core"),
+    [
+        (True, None),
+        (False, "lstm"),
+        pytest.param(True, "lstm", marks=pytest.mark.slow),
+        pytest.param(False, None, marks=pytest.mark.slow),
+    ],
+)
 def test_the_actor_critic_unrolls_it_as_the_plain_one(core, shared):
     options = dict(
         hidden_sizes=(8,), activation="relu", shared_torso=shared, core=core, core_size=8
