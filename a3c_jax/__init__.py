@@ -3,7 +3,7 @@
 A worker is a pure function; asynchrony is a thin shell around it. The package has three layers.
 
 **The algorithm**, pure functions. To understand A3C read `losses`, `rollout`, `networks`, `algorithm`, `worker` and
-`optimizers`, in this order. All modules are
+`optimizers`, in this order. All modules, each of which imports only from those above it:
 
 | module                | what lives there                                                              |
 |-----------------------|-------------------------------------------------------------------------------|

@@ -234,9 +234,8 @@ def explained_variance(v_tm1: Array, return_tm1: Array, valid_tm1: Array | None 
       AssertionError: if shapes differ or an array is not of floats.
     """
     v_tm1, return_tm1 = _as_floats(v_tm1=v_tm1, return_tm1=return_tm1)
-    variance = jnp.var(
-        return_tm1, where=valid_tm1
-    )  # of equal numbers it may be a tiny positive one
+    # Of equal numbers the variance may be a tiny positive one.
+    variance = jnp.var(return_tm1, where=valid_tm1)
     lowest = jnp.min(return_tm1, initial=jnp.inf, where=valid_tm1)
     varies = (jnp.max(return_tm1, initial=-jnp.inf, where=valid_tm1) > lowest) & (variance > 0.0)
     unexplained = jnp.var(return_tm1 - v_tm1, where=valid_tm1) / jnp.where(varies, variance, 1.0)

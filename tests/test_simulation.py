@@ -47,6 +47,14 @@ def assert_same_run(simulated, run, atol=1e-5):
     np.testing.assert_allclose(episodes(simulated), episodes(run), rtol=1e-6)
 
 
+def assert_ended_where_it_was_not_finite(result):
+    applied = np.asarray(result.applied)
+    bad = int(np.argmin(applied))
+    assert 0 < bad < UPDATES - 1 and not applied[bad:].any()
+    assert not np.any(result.num_episodes[bad:])
+    assert np.isfinite(flat(result.params)).all()
+
+
 def row(mapped, index):
     """One of the runs that were mapped."""
     return jax.tree.map(lambda x: x[index], mapped)
@@ -307,11 +315,7 @@ def test_a_run_of_groups_ends_where_the_configuration_says_stop():
     settings = config(num_workers=2, learning_rate=HUGE)
     simulate = make_simulation(settings, 1, workers_at_once=2)
     result = simulate(0, HUGE, round_robin(2, UPDATES))
-    applied = np.asarray(result.applied)
-    bad = int(np.argmin(applied))
-    assert 0 < bad < UPDATES - 1 and not applied[bad:].any()
-    assert not np.any(result.num_episodes[bad:])
-    assert np.isfinite(flat(result.params)).all()
+    assert_ended_where_it_was_not_finite(result)
 
 
 def test_a_row_that_cannot_be_changes_nothing(in_pairs):
@@ -339,11 +343,7 @@ HUGE = 1e38  # a step of this size makes an infinity within some updates
 
 def test_what_is_not_finite_ends_the_run_where_the_configuration_says_stop(simulate):
     result = simulate(0, HUGE, fixed_delay(0, UPDATES))
-    applied = np.asarray(result.applied)
-    bad = int(np.argmin(applied))
-    assert 0 < bad < UPDATES - 1 and not applied[bad:].any()
-    assert not np.any(result.num_episodes[bad:])
-    assert np.isfinite(flat(result.params)).all()
+    assert_ended_where_it_was_not_finite(result)
 
 
 def test_what_is_not_finite_is_skipped_where_the_configuration_says_skip(plain):

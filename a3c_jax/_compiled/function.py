@@ -65,8 +65,8 @@ class CompiledFunction:
         A single kernel is computed by the thread that calls it, so that more threads than cores only fight for
         Python's interpreter lock. Short calls do not even leave room for all cores: each call gives the lock back
         several times, and if another thread always waits for it, every time costs a thread's sleep and waking.
-        On two cores or more, two threads may always call at the same time, because with less nothing is asynchronous. Other programs
-        are computed by XLA's thread pool, which more threads keep busy.
+        On two cores or more, two threads may always call at the same time, because with less nothing is asynchronous.
+        Other programs are computed by XLA's thread pool, which more threads keep busy.
 
         Args:
           num_threads: how many threads there are.

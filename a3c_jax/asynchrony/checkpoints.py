@@ -53,7 +53,9 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def check_same_run(before: A3CConfig, now: A3CConfig) -> None:
-    """Checks that a run may go on under another configuration: only its budgets, and how many workers play at once, may differ.
+    """Checks that a run may go on under another configuration.
+
+    Only its budgets, and how many workers play at once, may differ.
 
     Raises:
       ValueError: if another field differs, or if `max_steps` differs and the learning rate is annealed

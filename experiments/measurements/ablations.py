@@ -34,10 +34,12 @@ from experiments.measurements.simulated import (
     TUNING_SEED,
     Run,
     Scores,
+    Summary,
     check,
     drawing,
     late_return,
     start_or_go_on,
+    summarize,
 )
 from experiments.run_folder import write_json
 
@@ -172,14 +174,6 @@ class Arguments:
         return dataclasses.replace(task, **(shape | own | ablation.changes))
 
 
-class Summary(NamedTuple):
-    """What several seeds reached: their interquartile mean and its interval; None without rliable, or with too few seeds."""
-
-    seeds: list[float]
-    value: float
-    interval: list[float] | None
-
-
 class Line(NamedTuple):
     """What one ablation reached in one environment, with the learning rate that was chosen."""
 
@@ -237,15 +231,7 @@ def play(parsed: Arguments, environment: str, name: str, path: Path, bar: Any) -
     steps, returns = np.moveaxis(tuning.mean(axis=1), -1, 0)
     rate = parsed.rates[int(np.lexsort((-returns, steps))[0])]
     reached = score([rate], range(parsed.seeds))[0]
-    return Line(environment, name, rate, *(_summarize(column) for column in reached.T))
-
-
-def _summarize(values: np.ndarray) -> Summary:
-    from experiments.aggregate import aggregate
-
-    found = aggregate(values[:, None])
-    interval = None if found.interval is None else found.interval[:, 0].tolist()
-    return Summary(values.tolist(), float(found.value[0]), interval)
+    return Line(environment, name, rate, *(summarize(column) for column in reached.T))
 
 
 def _as_dict(line: Line) -> dict[str, Any]:
@@ -264,16 +250,8 @@ def print_table(parsed: Arguments, lines: Sequence[Line]) -> None:
         reached = sum(steps < max_steps for steps in line.steps.seeds)
         print(
             f"{line.environment:<17} {line.ablation:<22} {line.learning_rate:6g} {reached:4d}/{parsed.seeds:<3d} "
-            f"{_format(line.steps, ',.0f'):<30} {_format(line.returns, '.1f')}"
+            f"{line.steps.text(',.0f'):<30} {line.returns.text('.1f')}"
         )
-
-
-def _format(found: Summary, form: str) -> str:
-    text = format(found.value, form)
-    if found.interval is None:
-        return text
-    low, high = found.interval
-    return f"{text} [{low:{form}}, {high:{form}}]"
 
 
 def draw(paths: Sequence[Path], parsed: Arguments, lines: Sequence[Line]) -> None:
@@ -284,11 +262,7 @@ def draw(paths: Sequence[Path], parsed: Arguments, lines: Sequence[Line]) -> Non
         for axes, environment in zip(panels, parsed.environments, strict=True):
             own = [line.steps for line in lines if line.environment == environment]
             for y, found in enumerate(own):
-                colour = COLOURS[0] if y == 0 else COLOURS[1]
-                axes.plot(found.seeds, [y] * parsed.seeds, "|", color="0.6", markersize=5)
-                if found.interval is not None:
-                    axes.plot(found.interval, [y, y], "-", color=colour, linewidth=2)
-                axes.plot(found.value, y, "o", color=colour, markersize=4)
+                found.draw(axes, y, COLOURS[0] if y == 0 else COLOURS[1])
             axes.axvline(own[0].value, color="0.85", linewidth=0.8, zorder=0)
             axes.set_title(f"{environment}, {GOALS[environment].goal:g}")
             axes.set_xlabel("steps until the goal")

@@ -12,6 +12,7 @@ Shown are the interquartile mean over seeds and a 95 % bootstrap interval. It pr
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -19,13 +20,21 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments import minatar
 from experiments.command_line import exit_on_bad_input, parse
-from experiments.measurements.simulated import COLOURS, Records, check, drawing, start_or_go_on
+from experiments.measurements.simulated import (
+    COLOURS,
+    Records,
+    Summary,
+    check,
+    drawing,
+    start_or_go_on,
+    summarize,
+)
 from experiments.run_folder import write_json
 
 AGENTS = {
@@ -81,21 +90,18 @@ class Arguments:
 
 
 class Line(NamedTuple):
-    """What one agent reached in one game.
-
-    Attributes:
-      returns: of the seeds.
-      value: their interquartile mean.
-      interval: its 95 % interval; None without rliable, or with too few seeds.
-      seconds: the median of a run's seconds, from the start of its process to its end.
-    """
+    """What one agent reached in one game: returns, and the median of a run's seconds, from start to end of its process."""
 
     game: str
     agent: str
-    returns: list[float]
-    value: float
-    interval: list[float] | None
+    reached: Summary
     seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in plain values."""
+        returns, value, interval = self.reached
+        summary = {"returns": returns, "value": value, "interval": interval}
+        return {"game": self.game, "agent": self.agent, **summary, "seconds": self.seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -112,10 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         bar.set_description(f"{case[0]}, {case[1]}")
         if case not in records:
             records.add([case], [play(parsed, run_dir, *case)])
-    lines = [summarize(parsed, g, a, records) for g in parsed.games for a in parsed.agents]
+    lines = []
+    for game, agent in itertools.product(parsed.games, parsed.agents):
+        runs = np.array([records[game, agent, seed] for seed in _seeds(parsed)])
+        lines.append(Line(game, agent, summarize(runs[:, 0]), float(np.median(runs[:, 1]))))
     write_json(
         run_dir / "minatar_agents.json",
-        {"arguments": options, "lines": [line._asdict() for line in lines]},
+        {"arguments": options, "lines": [line.as_dict() for line in lines]},
     )
     print_table(parsed, lines)
     draw([run_dir / "minatar_agents.png", run_dir / "minatar_agents.pdf"], parsed, lines)
@@ -161,17 +170,6 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def summarize(parsed: Arguments, game: str, agent: str, records: Records) -> Line:
-    """What the seeds of an agent reached together."""
-    from experiments.aggregate import aggregate
-
-    runs = np.array([records[game, agent, seed] for seed in _seeds(parsed)])
-    found = aggregate(runs[:, :1])
-    interval = None if found.interval is None else found.interval[:, 0].tolist()
-    returns, seconds = runs[:, 0].tolist(), float(np.median(runs[:, 1]))
-    return Line(game, agent, returns, float(found.value[0]), interval, seconds)
-
-
 def print_table(parsed: Arguments, lines: Sequence[Line]) -> None:
     """Prints a row for each game, a column for each agent."""
     print(
@@ -180,12 +178,9 @@ def print_table(parsed: Arguments, lines: Sequence[Line]) -> None:
         + "".join(f"{AGENTS[agent]:<34}" for agent in parsed.agents)
     )
     for game in parsed.games:
-        print(f"{game:<16}" + "".join(f"{_cell(line):<34}" for line in lines if line.game == game))
-
-
-def _cell(line: Line) -> str:
-    low_high = "" if line.interval is None else " [{:.1f}, {:.1f}]".format(*line.interval)
-    return f"{line.value:.1f}{low_high} ({line.seconds:.0f})"
+        own = [line for line in lines if line.game == game]
+        cells = [f"{line.reached.text('.1f')} ({line.seconds:.0f})" for line in own]
+        print(f"{game:<16}" + "".join(f"{cell:<34}" for cell in cells))
 
 
 def draw(paths: Sequence[Path], parsed: Arguments, lines: Sequence[Line]) -> None:
@@ -195,10 +190,7 @@ def draw(paths: Sequence[Path], parsed: Arguments, lines: Sequence[Line]) -> Non
     with drawing(paths, 1, columns, size, sharey=True) as (_, (panels,)):
         for axes, game in zip(panels, parsed.games, strict=True):
             for y, line in enumerate(line for line in lines if line.game == game):
-                axes.plot(line.returns, [y] * parsed.seeds, "|", color="0.6", markersize=5)
-                if line.interval is not None:
-                    axes.plot(line.interval, [y, y], "-", color=COLOURS[y], linewidth=2)
-                axes.plot(line.value, y, "o", color=COLOURS[y], markersize=4)
+                line.reached.draw(axes, y, COLOURS[y])
             axes.set_title(game)
             axes.set_xlabel("return")
             axes.set_xlim(left=0)

@@ -23,6 +23,7 @@ import numpy as np
 
 from a3c_jax.config import A3CConfig, Optimizer
 from experiments import minatar
+from experiments.aggregate import mean
 from experiments.command_line import exit_on_bad_input, parse
 from experiments.compilation_cache import CompilationCache
 from experiments.measurements.simulated import (
@@ -33,6 +34,7 @@ from experiments.measurements.simulated import (
     check,
     drawing,
     start_or_go_on,
+    summarize,
 )
 from experiments.run_folder import write_json
 
@@ -182,18 +184,10 @@ def play(parsed: Arguments, environment: str, scores: Scores, bar: Any) -> list[
             parsed.rates(optimizer),
             own.tolist(),
             threshold,
-            *_share_of_good(own >= threshold),
+            *summarize((own >= threshold).astype(float), statistic=mean)[1:],
         )
         for optimizer, own in reached.items()
     ]
-
-
-def _share_of_good(is_good: np.ndarray) -> tuple[float, list[float] | None]:
-    from experiments.aggregate import aggregate, mean
-
-    share = aggregate(is_good[:, None].astype(float), statistic=mean)
-    interval = None if share.interval is None else share.interval[:, 0].tolist()
-    return float(share.value[0]), interval
 
 
 def print_table(parsed: Arguments, found: Sequence[Found]) -> None:

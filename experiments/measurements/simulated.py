@@ -210,6 +210,38 @@ def start_or_go_on(name: str, run_dir: Path | None, arguments: dict[str, Any]) -
     return run_dir
 
 
+class Summary(NamedTuple):
+    """What several seeds reached: their interquartile mean and its interval; None without rliable, or with too few seeds."""
+
+    seeds: list[float]
+    value: float
+    interval: list[float] | None
+
+    def text(self, form: str) -> str:
+        """The value and its interval, each in this format."""
+        text = format(self.value, form)
+        if self.interval is None:
+            return text
+        low, high = self.interval
+        return f"{text} [{low:{form}}, {high:{form}}]"
+
+    def draw(self, axes: Any, y: int, colour: str) -> None:
+        """Draws every seed, the value and its interval in a row of a panel."""
+        axes.plot(self.seeds, [y] * len(self.seeds), "|", color="0.6", markersize=5)
+        if self.interval is not None:
+            axes.plot(self.interval, [y, y], "-", color=colour, linewidth=2)
+        axes.plot(self.value, y, "o", color=colour, markersize=4)
+
+
+def summarize(seeds: np.ndarray, **options: Any) -> Summary:
+    """The interquartile mean over seeds, `[seeds]`, or another statistic (`experiments.aggregate.aggregate`)."""
+    from experiments.aggregate import aggregate
+
+    found = aggregate(seeds[:, None], **options)
+    interval = None if found.interval is None else found.interval[:, 0].tolist()
+    return Summary(seeds.tolist(), float(found.value[0]), interval)
+
+
 @contextlib.contextmanager
 def drawing(
     paths: Sequence[Path], rows: int, columns: int, size: tuple[float, float], **options: Any

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from a3c_jax.config import A3CConfig, Optimizer
-from experiments.aggregate import aggregate
 from experiments.command_line import exit_on_bad_input, parse
 from experiments.compilation_cache import CompilationCache
 from experiments.measurements.simulated import (
@@ -35,6 +34,7 @@ from experiments.measurements.simulated import (
     check,
     drawing,
     start_or_go_on,
+    summarize,
 )
 from experiments.run_folder import write_json
 
@@ -184,10 +184,9 @@ def evaluate(parsed: Arguments, line: Line, score: Score, tuning: np.ndarray) ->
     scores = dict(zip(pairs, score(runs).reshape(len(pairs), parsed.seeds), strict=True))
     scored = {}
     for pair, returns in scores.items():
-        found = aggregate(returns[:, None])
-        low, high = [None, None] if found.interval is None else found.interval[:, 0].tolist()
-        value = {"mean": float(found.value[0]), "low": low, "high": high}
-        scored[pair] = {"returns": returns.tolist(), **value}
+        seeds, mean, interval = summarize(returns)
+        low, high = interval or (None, None)
+        scored[pair] = {"returns": seeds, "mean": mean, "low": low, "high": high}
     return [
         line._asdict() | {"panel": panel, "delay": d, "learning_rate": rate} | scored[d, rate]
         for panel, own in chosen.items()
