@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from a3c_jax import A3CConfig
 from a3c_jax._compiled import choice
 from a3c_jax._compiled import single_kernel as single_kernel_module
+from a3c_jax.blueprint import make_blueprint
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("A3C_JAX_PLAIN") == "1" or jax.default_backend() != "cpu",
@@ -110,3 +112,24 @@ def test_the_multiplications_of_a_program_are_counted_with_those_in_its_loops():
         weights,
     )
     assert list(choice.matrix_products(program.jaxpr)) == [(2 * 8 * 8 * 4 * 27, False)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"activation": "relu", "shared_torso": True},
+        {"core": "lstm"},
+        {"environment": "Pendulum-v1", "normalize_observations": True, "normalize_rewards": True},
+        {"algorithm": "n_step_q"},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())) or "default",
+)
+def test_the_worker_steps_of_usual_runs_may_become_a_single_kernel(fields):
+    # A new version of JAX may differentiate by operations that the list does not have yet.
+    blueprint = make_blueprint(A3CConfig(num_workers=1, hidden_sizes=(8,), **fields))
+    state = jax.eval_shape(blueprint.start, jnp.uint32(0), jnp.int32(0))
+    params = jax.eval_shape(blueprint.init, jnp.uint32(0), state.observation)
+    assert single_kernel_module.can_be_single_kernel(
+        programs_of(blueprint.worker_step, params, state)
+    )

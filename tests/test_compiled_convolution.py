@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from a3c_jax import _compiled
+from a3c_jax._compiled import products
 from a3c_jax._compiled.convolution import chunk_size
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +44,7 @@ def primitives(function, *arguments):
     def visit(jaxpr):
         for equation in jaxpr.eqns:
             found.append(equation.primitive.name)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in products.inner_programs(equation):
                 visit(inner)
 
     visit(jax.make_jaxpr(function)(*arguments).jaxpr)

@@ -57,8 +57,8 @@ def looped(x):
 # A function and its arguments for each primitive, under the primitive's name.
 CASES = {
     **{
-        name: (getattr(lax, name), UNIT)
-        for name in ["abs", "acos", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "is_finite", "lgamma", "log", "log1p", "logistic", "neg", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh"]
+        name: (getattr(lax, name, None), UNIT)
+        for name in ["abs", "acos", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "is_finite", "lgamma", "log", "log1p", "log2", "logistic", "neg", "one_minus_square", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh"]
     },
     **{
         name: (getattr(lax, name), X, UNIT)
@@ -198,6 +198,8 @@ def test_every_allowed_primitive_is_tried():
 @pytest.mark.parametrize("name", CASES)
 def test_an_allowed_primitive_becomes_part_of_a_single_kernel(name, capfd):
     function, *arguments = CASES[name]
+    if name in ("log2", "one_minus_square") and jax.__version_info__ < (0, 11):
+        pytest.skip("this JAX does not have it")
 
     def as_tuple(*inputs):
         return tuple(jax.tree.leaves(function(*inputs)))
