@@ -84,7 +84,8 @@ if TYPE_CHECKING:
         round_robin,
         straggler,
     )
-    from a3c_jax.asynchrony.simulation import SimulationResult, make_simulation
+    from a3c_jax.asynchrony.simulation import make_simulation
+    from a3c_jax.asynchrony.simulation_result import SimulationResult
     from a3c_jax.asynchrony.sinks import TensorBoard, Trackio, WeightsAndBiases
     from a3c_jax.asynchrony.threads import WorkerError, WorkerThreads
     from a3c_jax.asynchrony.training import TrainingInterrupted, train
@@ -112,7 +113,8 @@ _NAMES = {
     "asynchrony.reporting": ["SinkError"],
     "asynchrony.result": ["TrainResult"],
     "asynchrony.schedules": ["fixed_delay", "random_delays", "round_robin", "straggler"],
-    "asynchrony.simulation": ["SimulationResult", "make_simulation"],
+    "asynchrony.simulation": ["make_simulation"],
+    "asynchrony.simulation_result": ["SimulationResult"],
     "asynchrony.sinks": ["TensorBoard", "Trackio", "WeightsAndBiases"],
     "asynchrony.threads": ["WorkerError", "WorkerThreads"],
     "asynchrony.training": ["TrainingInterrupted", "train"],

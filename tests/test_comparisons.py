@@ -80,7 +80,7 @@ class Bar:
 
 def test_an_ablation_reports_other_seeds_than_those_that_chose_its_rate(monkeypatch):
     class Invented:
-        """Fewest steps at 0.001. Two rates never reach the goal, and nothing else tells them apart."""
+        """Best at 0.001 during training, and at 0.01 at the end."""
 
         def __init__(self, path, batch, measure):
             pass
@@ -88,18 +88,18 @@ def test_an_ablation_reports_other_seeds_than_those_that_chose_its_rate(monkeypa
         def of(self, name, config, runs, done, **objects):
             assert list(objects) == ["loss"] and {run.delay for run in runs} == {15}
             seen.append({run.seed for run in runs})
-            steps = {1e-3: 50.0, 3e-3: 60.0}
+            during = {1e-3: 60.0, 3e-3: 50.0}
             return np.array(
-                [(steps.get(r.learning_rate, 99.0) + r.seed % 10, r.seed) for r in runs]
+                [(during.get(r.learning_rate, 9.0) + r.seed % 10, r.learning_rate) for r in runs]
             )
 
     seen = []
     monkeypatch.setattr(ablations, "Scores", Invented)
     arguments = ablations.Arguments(seeds=4)
     line = ablations.play(arguments, "Catch-bsuite", "the article's entropy", "path", Bar())
-    assert (line.learning_rate, line.steps.value) == (1e-3, 51.5)  # of 50 to 53 the middle two
-    assert line.returns.seeds == [0, 1, 2, 3]
-    assert line.steps.interval[0] <= 51.5 <= line.steps.interval[1]
+    assert (line.learning_rate, line.during.value) == (1e-3, 61.5)  # of 60 to 63 the middle two
+    assert line.during.seeds == [60, 61, 62, 63] and line.at_end.seeds == [1e-3] * 4
+    assert line.during.interval[0] <= 61.5 <= line.during.interval[1]
     assert len(seen[0]) == 5 and seen[0].isdisjoint(seen[1]) and seen[1] == {0, 1, 2, 3}
 
 
@@ -186,11 +186,10 @@ def test_a_tiny_comparison_of_ablations_leaves_its_results_and_its_picture(tmp_p
     plain, death, entropy = json.loads((folder / "ablations.json").read_text())["lines"]
     assert [line["ablation"] for line in (plain, death, entropy)] == names
     # Catch has no time limit, so that nothing has changed but the compiled program. Another loss is another run.
-    returns = [line["returns"]["seeds"] for line in (plain, death, entropy)]
+    returns = [line["at_end"]["seeds"] for line in (plain, death, entropy)]
     np.testing.assert_allclose(returns[0], returns[1], atol=0.05)
     assert returns[0] != returns[2]
-    assert plain["steps"]["value"] == 4000  # not reached
-    assert "0/3" in capsys.readouterr().out
+    assert "during training" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -183,6 +183,7 @@ def simulate():
     return make_simulation(config(num_workers=2), max_staleness=3)
 
 
+@pytest.mark.slow
 def test_the_oldest_version_that_is_kept_is_the_right_one_and_the_metrics_are_each_updates(
     simulate,
 ):
@@ -263,6 +264,10 @@ def test_solved_is_when_the_mean_of_the_last_episodes_first_reaches_the_value():
         episode_return=jnp.array([[4.0, 0.0, 10.0, 20.0, 2.0], [80.0, 0.0, 0.0, 0.0, 0.0]]),
         metrics={},
         applied=jnp.ones((2, 5), bool),
+    )
+    # Before two have ended, the mean is over what there is.
+    np.testing.assert_allclose(
+        result.recent_return(2), [[4.0, 4.0, 6.0, 20.0, 15.5], [80.0] * 5], rtol=1e-6
     )
     # The last two episodes at least: 4 after update 1 and 2, (8 + 10) / 3 after 3, 20 after 4, (60 + 2) / 4 after 5.
     for value, updates in ((4.0, 1), (4.1, 3), (6.0, 3), (6.1, 4), (20.0, 4), (20.1, np.inf)):

@@ -30,6 +30,7 @@
 | `training`    | `train`: runs a program in worker threads                                              |
 | `replaying`   | `replay`: repeats a run in one thread, bit for bit                                     |
 | `schedules`   | schedules made without a run: round-robin, fixed and random delays, a straggler        |
+| `simulation_result` | `SimulationResult`: what a simulated run leaves behind                           |
 | `simulation`  | `make_simulation`: a whole run with any schedule as one compiled program             |
 
 Each module imports only from those above it; a test holds the table to that.

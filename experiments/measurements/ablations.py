@@ -10,10 +10,10 @@ many environment steps. The changes are
 - asynchrony taken away in two ways: every worker has the newest parameters when it plays, or all workers' gradients make
   one update together, so that there are fewer updates of larger batches (A2C).
 
-Measured are the environment steps until the mean return of the last 100 training episodes first reaches a goal, and the
-return at the end: the mean of the episodes that ended in the last tenth of the updates, and of the last 100 if fewer ended
-there. A run that does not reach the goal counts as if it had reached it at its end. Other seeds than the reported ones
-choose each line's learning rate, by the steps. Shown are the interquartile mean over seeds, and a 95 % bootstrap interval.
+Measured are the return during training, which is the mean over all updates of the mean return of the last 100 episodes,
+and the return at the end: the mean of the episodes that ended in the last tenth of the updates, and of the last 100 if
+fewer ended there. The first is high if a run learns soon and does not forget. Other seeds than the reported ones choose each
+line's learning rate by it. Shown are the interquartile mean over seeds, and a 95 % bootstrap interval.
 It prints the table, and leaves `ablations.json`, `.png` and `.pdf` in its run folder.
 A command that was killed goes on if it is given again with its `--run-dir`.
 """
@@ -47,20 +47,13 @@ if TYPE_CHECKING:
     from a3c_jax import SimulationResult
 
 
-class Task(NamedTuple):
-    """Environment steps of each run, and the mean return that is to be reached."""
-
-    max_steps: int
-    goal: float
-
-
-GOALS = {
-    "CartPole-v0": Task(150_000, 190.0),
-    "Acrobot-v1": Task(150_000, -100.0),
-    "Catch-bsuite": Task(300_000, 0.6),
-    "Breakout-MinAtar": Task(1_000_000, 3.0),
+MAX_STEPS = {
+    "CartPole-v0": 150_000,
+    "Acrobot-v1": 150_000,
+    "Catch-bsuite": 300_000,
+    "Breakout-MinAtar": 1_000_000,
 }
-"""What is played. The other settings are those of the measurement of robustness."""
+"""What is played, and for how many environment steps. The other settings are those of the measurement of robustness."""
 
 
 Loss = Callable[[Any, Any, Any], Any]
@@ -128,7 +121,7 @@ ABLATIONS = {
 class Arguments:
     """What to compare."""
 
-    environments: tuple[str, ...] = tuple(GOALS)
+    environments: tuple[str, ...] = tuple(MAX_STEPS)
     """What is played, any of these."""
     ablations: tuple[str, ...] = tuple(ABLATIONS)
     """Lines of the table."""
@@ -152,7 +145,7 @@ class Arguments:
     def __post_init__(self) -> None:
         lists = ("environments", "ablations", "rates")
         check(self, *lists, seeds=2, tuning_seeds=1, batch=1)
-        for name, known in (("environments", GOALS), ("ablations", ABLATIONS)):
+        for name, known in (("environments", MAX_STEPS), ("ablations", ABLATIONS)):
             if unknown := [value for value in getattr(self, name) if value not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}, got {unknown}.")
         for environment in self.environments:
@@ -166,7 +159,7 @@ class Arguments:
             "num_workers": self.num_workers // together,
             "envs_per_worker": together,
             "t_max": self.t_max,
-            "max_steps": self.max_steps or GOALS[environment].max_steps,
+            "max_steps": self.max_steps or MAX_STEPS[environment],
             "shared_torso": False,
             "gae_lambda": 1.0,
         }
@@ -180,8 +173,8 @@ class Line(NamedTuple):
     environment: str
     ablation: str
     learning_rate: float
-    steps: Summary
-    returns: Summary
+    during: Summary
+    at_end: Summary
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -216,58 +209,54 @@ def play(parsed: Arguments, environment: str, name: str, path: Path, bar: Any) -
     def measure(result: "SimulationResult") -> Any:
         import jax.numpy as jnp
 
-        steps = config.steps_per_update * result.updates_to_solve(GOALS[environment].goal)
-        return jnp.stack([jnp.minimum(steps, config.max_steps or 0), late_return(result)], axis=-1)
+        during = jnp.nanmean(result.recent_return(), axis=-1)
+        return jnp.stack([during, late_return(result)], axis=-1)
 
     scores = Scores(path, parsed.batch, measure)
 
     def score(rates: Sequence[float], seeds: range) -> np.ndarray:
-        """Steps and returns, `[rates, seeds, 2]`."""
+        """The returns during training and at the end, `[rates, seeds, 2]`."""
         runs = [Run(delay, rate, seed) for rate in rates for seed in seeds]
         found = scores.of(f"{environment} {name}", config, runs, bar.update, **own)
         return found.reshape(len(rates), len(seeds), 2)
 
     tuning = score(parsed.rates, range(TUNING_SEED, TUNING_SEED + parsed.tuning_seeds))
-    steps, returns = np.moveaxis(tuning.mean(axis=1), -1, 0)
-    rate = parsed.rates[int(np.lexsort((-returns, steps))[0])]
+    rate = parsed.rates[int(np.argmax(tuning[..., 0].mean(axis=1)))]
     reached = score([rate], range(parsed.seeds))[0]
     return Line(environment, name, rate, *(summarize(column) for column in reached.T))
 
 
 def _as_dict(line: Line) -> dict[str, Any]:
-    return line._asdict() | {"steps": line.steps._asdict(), "returns": line.returns._asdict()}
+    return line._asdict() | {"during": line.during._asdict(), "at_end": line.at_end._asdict()}
 
 
 def print_table(parsed: Arguments, lines: Sequence[Line]) -> None:
     """Prints a row for each ablation and environment."""
     print(
-        f"\n{parsed.num_workers} workers x 1 environment x {parsed.t_max} steps: steps until the goal, and return at the end; "
+        f"\n{parsed.num_workers} workers x 1 environment x {parsed.t_max} steps: return during training, and at the end; "
         f"interquartile mean over {parsed.seeds} seeds [95 % interval]\n"
-        f"{'environment':<17} {'A3C with':<22} {'rate':>6} reached  {'steps':<30} return"
+        f"{'environment':<17} {'A3C with':<22} {'rate':>6} {'during training':<24} at the end"
     )
     for line in lines:
-        max_steps = parsed.config(line.environment, ABLATIONS[line.ablation]).max_steps or 0
-        reached = sum(steps < max_steps for steps in line.steps.seeds)
+        form = ".2f" if abs(line.at_end.value) < 20 else ".1f"
         print(
-            f"{line.environment:<17} {line.ablation:<22} {line.learning_rate:6g} {reached:4d}/{parsed.seeds:<3d} "
-            f"{line.steps.text(',.0f'):<30} {line.returns.text('.1f')}"
+            f"{line.environment:<17} {line.ablation:<22} {line.learning_rate:6g} {line.during.text(form):<24} "
+            f"{line.at_end.text(form)}"
         )
 
 
 def draw(paths: Sequence[Path], parsed: Arguments, lines: Sequence[Line]) -> None:
-    """Draws a panel for each environment with the steps: every seed, the interquartile mean and its interval."""
+    """Draws a panel for each environment with the return during training: every seed, the interquartile mean and its interval."""
     columns, rows = len(parsed.environments), len(parsed.ablations)
     size = (1.3 + 1.6 * columns, 0.7 + 0.28 * rows)
     with drawing(paths, 1, columns, size, sharey=True) as (_, (panels,)):
         for axes, environment in zip(panels, parsed.environments, strict=True):
-            own = [line.steps for line in lines if line.environment == environment]
+            own = [line.during for line in lines if line.environment == environment]
             for y, found in enumerate(own):
                 found.draw(axes, y, COLOURS[0] if y == 0 else COLOURS[1])
             axes.axvline(own[0].value, color="0.85", linewidth=0.8, zorder=0)
-            axes.set_title(f"{environment}, {GOALS[environment].goal:g}")
-            axes.set_xlabel("steps until the goal")
-            axes.set_xlim(left=0)
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+            axes.set_title(environment)
+            axes.set_xlabel("return during training")
         panels[0].set_yticks(range(rows), parsed.ablations)
         panels[0].invert_yaxis()
 
