@@ -128,6 +128,7 @@ def test_it_replays_and_goes_on_bit_for_bit_and_is_named_in_the_checkpoint(progr
     assert loaded.params[SHARED]["count"] == 10
 
 
+@pytest.mark.slow
 def test_the_simulation_makes_the_same_updates(program):
     schedule = fixed_delay(2, num_updates=9)
     objects = {"environment": PROBE, "algorithm": tempered}
@@ -317,5 +318,5 @@ def test_an_algorithm_that_shares_something_needs_parameters_in_a_dict():
 
 def test_the_documentation_lists_every_part_of_an_algorithm():
     for field in Algorithm._fields:
-        assert f"      {field}: " in Algorithm.__doc__, field
+        assert f"  {field}: " in Algorithm.__doc__, field
     assert dataclasses.fields(A3CConfig)[1].name == "algorithm"

@@ -87,6 +87,7 @@ def test_what_xla_refuses_after_all_is_compiled_plainly():
     assert result == (False, ["plain"])
 
 
+@pytest.mark.slow
 def test_of_two_functions_the_faster_is_found():
     x = jnp.ones((200, 200))
     fast = jax.jit(lambda x: x + 1)

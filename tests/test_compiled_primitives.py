@@ -244,9 +244,8 @@ print("trained", result.environment_steps)
 """
 
 
-@pytest.mark.parametrize(
-    "reduction", [pytest.param("decaying_maximum", marks=pytest.mark.slow), "first_minimum"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["decaying_maximum", "first_minimum"])
 def test_an_environment_that_xla_cannot_put_into_a_kernel_trains(reduction):
     path = [str(Path(__file__).parent), *sys.path]
     done = subprocess.run(

@@ -276,9 +276,10 @@ def test_the_article_prints_each_episode_once(capsys):
     assert [float(line[5]) for line in lines] == result.episodes.episode_return.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "drawn"),
-    [("Catch-bsuite", True), pytest.param("UmbrellaChain-bsuite", False, marks=pytest.mark.slow)],
+    [("Catch-bsuite", True), ("UmbrellaChain-bsuite", False)],
 )
 def test_a_gif_of_the_policy_playing_if_gymnax_can_draw_it(tmp_path, capsys, environment, drawn):
     made = example("cartpole", tmp_path / "run", "--environment", environment, "--gif")

@@ -376,6 +376,7 @@ def leftovers():
     return sum(isinstance(x, kinds) for x in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_a_hundred_runs_and_a_hundred_failures_leave_nothing_behind():
     config, failing = small(num_workers=2, max_steps=80), small(num_workers=2, max_steps=80_000)
 

@@ -253,7 +253,14 @@ def descend(params, gradients):
 
 
 @pytest.mark.parametrize(
-    ("mode", "name"), [("SameStep", "plain"), *(("Disabled", n) for n in TWINS)]
+    ("mode", "name"),
+    [
+        ("SameStep", "plain"),
+        *(
+            pytest.param("Disabled", name, marks=[pytest.mark.slow] * ("core" in fields))
+            for name, (fields, _) in TWINS.items()
+        ),
+    ],
 )
 def test_the_host_and_the_pure_path_do_the_same(name, mode):
     fields, objects = TWINS[name]

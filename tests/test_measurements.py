@@ -45,7 +45,11 @@ def check_picture(path):
     "options",
     [
         pytest.param({"optimizer": "rmsprop"}, id="rmsprop", marks=pytest.mark.slow),
-        pytest.param({"normalize_rewards": True, "normalize_observations": True}, id="normalized"),
+        pytest.param(
+            {"normalize_rewards": True, "normalize_observations": True},
+            id="normalized",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_synchronous_updates_are_those_of_train_with_one_worker(options):
@@ -395,6 +399,7 @@ def test_convolutions_are_compared_in_all_forms(capsys):
         assert all(float(number.strip("| ")) > 0 for number in numbers)
 
 
+@pytest.mark.slow
 def test_the_compared_networks_compute_the_same():
     """Otherwise the comparison would be of different networks."""
     calls = convolutions.torso_calls(40, 36, gradient=True).values()

@@ -80,6 +80,7 @@ def test_the_gradients_are_those_of_rlax(seed, truncated):
         np.testing.assert_allclose(ours[name], jax.grad(expected)(params)[name], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_actor_bootstraps_from_the_final_observation_at_a_time_limit():
     params, trajectory = segment(truncated=True)
 

@@ -82,8 +82,8 @@ def assert_same(network, plain, observation, compiled=True):
 @pytest.mark.parametrize(
     ("batch", "size"),
     [
-        ((3,), (84, 84)),
-        ((3, 16), (84, 84)),
+        pytest.param((3,), (84, 84), marks=pytest.mark.slow),
+        pytest.param((3, 16), (84, 84), marks=pytest.mark.slow),
         ((37,), (42, 42)),
         ((40,), (42, 42)),
         ((3, 16), (42, 42)),
@@ -96,6 +96,7 @@ def test_the_atari_torso_is_the_plain_network_of_the_paper(batch, size):
     assert_same(Atari((16,), nn.relu), PlainAtari((16,)), frames(*batch, 4, *size))
 
 
+@pytest.mark.slow
 def test_it_needs_no_compilation():
     assert_same(Atari((8,), nn.relu), PlainAtari((8,)), frames(2, 4, 24, 24), compiled=False)
 
@@ -133,7 +134,7 @@ def test_the_torso_can_be_mapped_over_parameters_and_observations():
     ("shared", "core"),
     [
         (True, None),
-        (False, "lstm"),
+        pytest.param(False, "lstm", marks=pytest.mark.slow),
         pytest.param(True, "lstm", marks=pytest.mark.slow),
         pytest.param(False, None, marks=pytest.mark.slow),
     ],
@@ -249,6 +250,7 @@ class Screens:
         return Transition(observation, state, reward, ended, ~ended, observation)
 
 
+@pytest.mark.slow
 def test_screens_are_learnt_with_the_torso_that_auto_takes():
     config = A3CConfig(
         num_workers=1, envs_per_worker=16, t_max=3, hidden_sizes=(16,), activation="relu",

@@ -122,7 +122,9 @@ def test_some_segments_have_invalid_steps_wherever_they_can_be():
     assert len(ends) == 4
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed", [SEEDS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SEEDS[1:])]
+)
 def test_a3c_s_loss_and_gradient_are_means_over_the_valid_steps(seed):
     columns, params = DRAWN[seed], PolicyTable().init(jax.random.key(seed), None)
     logits, values = (np.float64(params[name]) for name in ("logits", "values"))
@@ -243,7 +245,7 @@ METHODS = {
 }
 
 
-SLOW = {"gae", "gru", "n_step_q-gru"}
+SLOW = {"gae", "gru", "lstm", "n_step_q-gru"}
 
 
 @pytest.mark.parametrize(

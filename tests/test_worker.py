@@ -107,12 +107,12 @@ GRU, NORMALIZED = {"core": "gru", "core_size": 3}, {"normalize_observations": Tr
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [
-        pytest.param({}, dict, id="dict", marks=pytest.mark.slow),
+        pytest.param({}, dict, id="dict"),
         pytest.param({}, tuple, id="tuple", marks=pytest.mark.slow),
-        pytest.param(GRU, dict, id="gru-dict"),
+        pytest.param(GRU, dict, id="gru-dict", marks=pytest.mark.slow),
         pytest.param(GRU, tuple, id="gru-tuple", marks=pytest.mark.slow),
         pytest.param(NORMALIZED, dict, id="normalized-dict", marks=pytest.mark.slow),
-        pytest.param(NORMALIZED, tuple, id="normalized-tuple"),
+        pytest.param(NORMALIZED, tuple, id="normalized-tuple", marks=pytest.mark.slow),
     ],
 )
 def test_observations_that_are_trees_give_the_gradients_of_their_leaves_side_by_side(kind, fields):
