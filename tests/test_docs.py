@@ -1,6 +1,7 @@
 """The README and the pages in docs/: links and commands lead somewhere, tests exist, and snippets run and pass mypy."""
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -79,6 +80,21 @@ def test_links_into_the_code_lead_to_the_function_they_name(page: Path) -> None:
 def test_every_experiment_that_a_page_names_exists(page: Path) -> None:
     for module in re.findall(r"python -m (experiments[\w.]*\w)", page.read_text("utf-8")):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name} runs {module}"
+
+
+@every_page
+def test_every_name_of_the_package_that_a_page_gives_exists(page: Path) -> None:
+    # In the table of what has moved, the first column has the names of before.
+    text = re.sub(r"\| before \|.*?\n\n", new_column, page.read_text("utf-8"), flags=re.DOTALL)
+    for name in re.findall(r"`(a3c_jax(?:\.\w+)+)", text):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            pytest.fail(f"{page.name} names {name}, which does not exist")
+
+
+def new_column(table: re.Match[str]) -> str:
+    return "\n".join(row.partition("` |")[2] for row in table[0].splitlines())
 
 
 def test_the_readme_is_short_and_shows_the_two_commands() -> None:
