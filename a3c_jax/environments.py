@@ -71,8 +71,9 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
     Args:
       name: the id of a registered gymnax environment, or `CartPole-v0`. `gymnax.register` adds one's own;
         `module:id` imports the module first, which registers it. Parameters may follow as in a URL: fields
-        of its gymnax `EnvParams`, such as `max_steps_in_episode`, or arguments of its constructor. Names that begin
-        with `gymnasium:` or `ale:` are those of `a3c_jax.gymnasium_environments`.
+        of its gymnax `EnvParams`, such as `max_steps_in_episode`, or arguments of its constructor. With
+        `sticky_action_prob`, each step repeats the action before it with this probability, as the original MinAtar does
+        with 0.1. Names that begin with `gymnasium:` or `ale:` are those of `a3c_jax.gymnasium_environments`.
       action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
       **params: more of these parameters.
 
@@ -89,6 +90,7 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
         "environment", name, "MemoryChain-bsuite?memory_length=10&num_bits=3"
     )
     params = named | params
+    stickiness = params.pop("sticky_action_prob", None)
     if module:
         import_named("environment", name, module)
     base, variant = _VARIANTS.get(base, (base, {}))
@@ -112,7 +114,22 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
             changed[key] = float(value)  # some of gymnax's arithmetic takes no integer there
     if changed:
         defaults = defaults.replace(**changed)
+    if stickiness is not None:
+        environment = _sticky(environment, stickiness)
     return GymnaxEnvironment(str(name), environment, defaults, action_bounds)
+
+
+def _sticky(environment: Any, probability: Any) -> Any:
+    """The environment, in which each step repeats the action before it with this probability."""
+    from gymnax.wrappers.purerl import StickyActionWrapper
+
+    try:
+        return StickyActionWrapper(environment, probability)
+    except ValueError as error:
+        raise ValueError(
+            "sticky_action_prob must lie in [0, 1], and needs an environment with one discrete action, got "
+            f"{probability!r} for {environment.name} ({error})."
+        ) from error
 
 
 def _near(name: str) -> str:

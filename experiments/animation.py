@@ -21,6 +21,7 @@ def animate(path: Path, result: Any, max_steps: int = 200) -> None:
         _animate_on_host(path, result)
         return
     states, rewards = greedy_episode(result, max_steps)
+    states = [getattr(state, "env_state", state) for state in states]  # if actions are sticky
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame looks for a sound card otherwise
     from gymnax.visualize import Visualizer
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from small_runs import refused
 
 from a3c_jax import A3CConfig, SimulationResult
+from a3c_jax.environments import make
 from a3c_jax.losses import a3c_loss
 from a3c_jax.rollout import Trajectory
 from experiments.measurements import ablations, data_efficiency, minatar_agents
@@ -160,6 +162,11 @@ def test_two_seeds_have_a_value_and_no_interval():
         (ablations, ["--environments", "CartPole-v1"], "environments must be among CartPole-v0"),
         (ablations, ["--seeds", "1"], "seeds must be >= 2, got 1"),
         (minatar_agents, ["--games", "pong"], "games must be among breakout, asterix"),
+        (
+            minatar_agents,
+            ["--rules", "original", "--agents", "pqn", "--python", sys.executable],
+            "rules must be gymnax for pqn, got original",
+        ),
         (minatar_agents, ["--agents", "ppo"], "python must name the Python of ppo, got None"),
         (data_efficiency, ["--workers", "0"], "A3CConfig.num_workers must be"),
         (data_efficiency, ["--methods", "a2c"], "A3CConfig.algorithm must be one of a3c"),
@@ -217,6 +224,25 @@ def test_a_tiny_run_of_data_efficiency_leaves_its_results_and_goes_on_after_a_ki
     data_efficiency.main(options)
     after = threads.read_bytes().splitlines()
     assert after[:-1] == before.splitlines()[:-1] and len(after) == len(before.splitlines())
+
+
+@pytest.mark.parametrize("game", minatar_agents.ORIGINAL)
+def test_by_the_original_rules_actions_are_sticky_and_episodes_are_long(game):
+    command = minatar_agents.own_command(
+        minatar_agents.Arguments(rules="original"), game, "a3c-lstm", 21
+    )
+    environment = make(command[command.index("--environment") + 1])
+    assert environment.name.startswith(minatar_agents.minatar.PRESETS[game].environment)
+    assert environment.gymnax._sticky_action_prob == 0.1
+    limit = environment.params.max_steps_in_episode
+    assert limit == (2_500 if game == "freeway" else 10_000)
+    plain = minatar_agents.own_command(minatar_agents.Arguments(), game, "a3c", 21)
+    assert "--environment" not in plain and plain[-6:-2] == [
+        "--seed",
+        "21",
+        "--max-steps",
+        "5000000",
+    ]
 
 
 @pytest.mark.slow

@@ -296,6 +296,32 @@ def test_an_unknown_parameter_is_answered_with_the_known_ones():
         make("CartPole-v0", max_steps=100)
 
 
+def catch(name, actions):
+    """The observations and rewards of a game of Catch in which these actions are asked for."""
+    environment = make(name)
+    observation, state = environment.reset(jax.random.key(3), 2)
+    played = []
+    for key, action in zip(jax.random.split(jax.random.key(4), len(actions)), actions, strict=True):
+        transition = environment.step(key, state, jnp.full(2, action))
+        observation, state = transition.observation, transition.state
+        played.append((observation, transition.reward))
+    return played
+
+
+def test_a_sticky_action_repeats_the_one_before_it():
+    right = [2] * 8
+    always, never = (catch(f"Catch-bsuite?sticky_action_prob={p}", right) for p in (1.0, 0.0))
+    left = catch("Catch-bsuite?sticky_action_prob=0.0", [0] * 8)  # what an episode begins with
+    jax.tree.map(np.testing.assert_array_equal, always, left)
+    jax.tree.map(np.testing.assert_array_equal, never, catch("Catch-bsuite", right))
+    half = catch("Catch-bsuite?sticky_action_prob=0.5", right)
+    assert not all(np.array_equal(x[0], y[0]) for x, y in zip(half, left, strict=True))
+    with pytest.raises(ValueError, match=r"sticky_action_prob must lie in \[0, 1\].*got 2"):
+        make("Catch-bsuite?sticky_action_prob=2")
+    with pytest.raises(ValueError, match="one discrete action.*Pendulum"):
+        make("Pendulum-v1", sticky_action_prob=0.1)
+
+
 def test_an_integer_for_a_parameter_that_is_a_float_is_one():
     # This environment selects between it and another float, which JAX refuses to do with an integer.
     environment = environments.make("BernoulliBandit-misc?max_steps_in_episode=5")

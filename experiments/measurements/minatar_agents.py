@@ -6,6 +6,10 @@ LSTM cells behind the torso. `ppo` and `pqn` are those of rejax, installed for t
 environments of gymnax. Their settings are those that purejaxrl and PureJaxQL publish for MinAtar and ten million steps, with
 rejax's dense networks and initial weights. No seed that is reported has helped to choose a setting of this project.
 
+gymnax's games end after 1,000 steps (Freeway after 2,500), and do what the agent says. `--rules original` plays by the rules of
+Young & Tian's games: each step repeats the action before it with probability 0.1, and episodes are not cut (here after ten times as
+many steps as in gymnax, so that an evaluation ends; Freeway as it is).
+
 Shown are the interquartile mean over seeds and a 95 % bootstrap interval. It prints the table, and leaves
 `minatar_agents.json`, `.png` and `.pdf` in its run folder. A command that was killed goes on if it is given again with its
 `--run-dir`.
@@ -20,7 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -54,6 +58,12 @@ OWN: dict[str, list[str]] = {
 FIRST_SEED = 20
 """The first of the seeds. Those below it have chosen settings."""
 
+ORIGINAL = {
+    game: "?sticky_action_prob=0.1" + ("" if game == "freeway" else "&max_steps_in_episode=10000")
+    for game in minatar.PRESETS
+}
+"""What follows the environment's name if the rules are the original ones."""
+
 _PEERS = Path(__file__).with_name("minatar_peers.py")
 
 
@@ -69,6 +79,8 @@ class Arguments:
     """Number of seeds of each agent in each game."""
     max_steps: int = 5_000_000
     """Environment steps of each run."""
+    rules: Literal["gymnax", "original"] = "gymnax"
+    """Whose rules the games have. The original ones are for this project's agents only."""
     python: Path | None = None
     """The Python of rejax, for ppo and pqn."""
     run_dir: Path | None = None
@@ -86,6 +98,10 @@ class Arguments:
         if theirs and (self.python is None or not self.python.exists()):
             raise ValueError(
                 f"python must name the Python of {theirs[0]}, got {self.python}; install rejax in a virtual environment."
+            )
+        if theirs and self.rules != "gymnax":
+            raise ValueError(
+                f"rules must be gymnax for {theirs[0]}, got {self.rules}; leave that agent out."
             )
 
 
@@ -139,28 +155,27 @@ def _seeds(parsed: Arguments) -> range:
 def play(parsed: Arguments, run_dir: Path, game: str, agent: str, seed: int) -> list[float]:
     """The mean return of one run's fresh episodes, and its seconds."""
     began = time.perf_counter()
-    steps = str(parsed.max_steps)
     if agent in OWN:
         folder = run_dir / f"{game}-{agent}-seed{seed}"
         if folder.exists():
             shutil.rmtree(folder)  # a run that was killed
-        command = [sys.executable, "-m", "experiments.minatar", "--preset", game, *OWN[agent]]
-        command += [
-            "--seed",
-            str(seed),
-            "--max-steps",
-            steps,
-            "--no-progress",
-            "--no-compilation-cache",
-        ]
-        _run([*command, "--run-dir", str(folder)])
+        _run([*own_command(parsed, game, agent, seed), "--run-dir", str(folder)])
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         reached = summary["evaluation"]["sampled"]["mean"]
     else:
-        environment = minatar.PRESETS[game].environment
-        output = _run([str(parsed.python), str(_PEERS), agent, environment, str(seed), steps])
+        case = [agent, minatar.PRESETS[game].environment, str(seed), str(parsed.max_steps)]
+        output = _run([str(parsed.python), str(_PEERS), *case])
         reached = float(output.rsplit("RETURN", 1)[1])
     return [reached, time.perf_counter() - began]
+
+
+def own_command(parsed: Arguments, game: str, agent: str, seed: int) -> list[str]:
+    """What trains and evaluates one of this project's agents."""
+    command = [sys.executable, "-m", "experiments.minatar", "--preset", game, *OWN[agent]]
+    if parsed.rules == "original":
+        command += ["--environment", minatar.PRESETS[game].environment + ORIGINAL[game]]
+    command += ["--seed", str(seed), "--max-steps", str(parsed.max_steps)]
+    return [*command, "--no-progress", "--no-compilation-cache"]
 
 
 def _run(command: list[str]) -> str:
@@ -173,8 +188,8 @@ def _run(command: list[str]) -> str:
 def print_table(parsed: Arguments, lines: Sequence[Line]) -> None:
     """Prints a row for each game, a column for each agent."""
     print(
-        f"\nMinAtar, {parsed.max_steps:,} steps: mean return of 100 fresh episodes, interquartile mean over {parsed.seeds} "
-        f"seeds [95 % interval] (seconds of a run)\n{'game':<16}"
+        f"\nMinAtar, {parsed.rules} rules, {parsed.max_steps:,} steps: mean return of 100 fresh episodes, interquartile mean over "
+        f"{parsed.seeds} seeds [95 % interval] (seconds of a run)\n{'game':<16}"
         + "".join(f"{AGENTS[agent]:<34}" for agent in parsed.agents)
     )
     for game in parsed.games:
