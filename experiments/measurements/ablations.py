@@ -47,12 +47,7 @@ if TYPE_CHECKING:
     from a3c_jax import SimulationResult
 
 
-MAX_STEPS = {
-    "CartPole-v0": 150_000,
-    "Acrobot-v1": 150_000,
-    "Catch-bsuite": 300_000,
-    "Breakout-MinAtar": 1_000_000,
-}
+MAX_STEPS = {"CartPole-v0": 150_000, "Acrobot-v1": 150_000, "Catch-bsuite": 300_000}
 """What is played, and for how many environment steps. The other settings are those of the measurement of robustness."""
 
 
