@@ -186,7 +186,9 @@ def _sum_of_outer_products(x: Array, y: Array) -> Array:
             total = total + a[:, None] * b[None, :]
         return total, None
 
-    def blocks(z: Array) -> Array:  # zeros add nothing
-        return jnp.pad(z, ((0, -len(z) % _BLOCK), (0, 0))).reshape(-1, _BLOCK, z.shape[1])
+    def blocks(z: Array) -> Array:
+        if missing := -len(z) % _BLOCK:
+            z = jnp.pad(z, ((0, missing), (0, 0)))  # zeros add nothing
+        return z.reshape(-1, _BLOCK, z.shape[1])
 
     return jax.lax.scan(add, jnp.zeros((x.shape[1], y.shape[1])), (blocks(x), blocks(y)))[0]
