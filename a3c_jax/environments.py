@@ -128,7 +128,7 @@ def _sticky(environment: Any, probability: Any) -> Any:
     except ValueError as error:
         raise ValueError(
             "sticky_action_prob must lie in [0, 1], and needs an environment with one discrete action, got "
-            f"{probability!r} for {environment.name} ({error})."
+            f"{probability!r} for {environment.name} ({error}); give 0.1, or leave it out."
         ) from error
 
 

@@ -279,7 +279,11 @@ def test_the_article_prints_each_episode_once(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "drawn"),
-    [("Catch-bsuite", True), ("UmbrellaChain-bsuite", False)],
+    [
+        ("Catch-bsuite", True),
+        ("Catch-bsuite?sticky_action_prob=0.5", True),
+        ("UmbrellaChain-bsuite", False),
+    ],
 )
 def test_a_gif_of_the_policy_playing_if_gymnax_can_draw_it(tmp_path, capsys, environment, drawn):
     made = example("cartpole", tmp_path / "run", "--environment", environment, "--gif")

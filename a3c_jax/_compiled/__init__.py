@@ -1,14 +1,15 @@
 """The machine room: what exists only for speed on a CPU, behind one door.
 
 The rest of the package hands pure functions over trees of arrays to `compile`, and gets back functions that compute the
-same, but faster. Nothing else in the package imports from inside this subpackage. The reasons for the tricks and their ratios are below; docs/machine-room.md has the figures, with dates,
-and the commands that measure them again.
+same, but faster. Nothing else in the package imports from inside this subpackage. The reasons for the tricks and their
+ratios are below; docs/machine-room.md has the figures, with dates, and the commands that measure them again.
 
 **Switching everything off.** With the environment variable `A3C_JAX_PLAIN=1`, `compile` is `jax.jit` on trees and nothing
 else, convolutions are XLA's, and the process is left alone. If JAX's backend is not a CPU, that holds but for two settings
 of the process, which are made before the backend is known: how JAX calls a CPU, and that gymnax does not load its drawing
-libraries. Every test of the package passes then, but for the tests of this subpackage, which are skipped. Under `jax.disable_jit()` and
-`jax_debug_nans` it is off as well, and what `compile` returns keeps these settings in the threads that call it.
+libraries. Every test of the package passes then, but for the tests of this subpackage, which are skipped. Under
+`jax.disable_jit()` and `jax_debug_nans` it is off as well, and what `compile` returns keeps these settings in the threads
+that call it.
 
 **Packing** (`packing.py`; always on). Passing an array between Python and a compiled call costs microseconds,
 however small the array is, and a worker's state has a dozen. So a tree of several arrays passes as one vector, which

@@ -72,6 +72,5 @@ class SimulationResult(NamedTuple):
 def _recent_return(num_episodes: Array, mean_return: Array, window: Array) -> Array:
     count = jnp.append(0, jnp.cumsum(num_episodes))  # after 0, 1, 2 and so on updates
     total = jnp.append(0.0, jnp.cumsum(num_episodes * mean_return))
-    first = jnp.searchsorted(count, count - window, side="right") - 1
-    first = jnp.maximum(first, 0)
+    first = jnp.searchsorted(count, jnp.maximum(count - window, 0), side="right") - 1
     return ((total - total[first]) / (count - count[first]))[1:]

@@ -28,7 +28,6 @@ import numpy as np
 from a3c_jax.config import A3CConfig
 from experiments.command_line import exit_on_bad_input, parse
 from experiments.compilation_cache import CompilationCache
-from experiments.measurements.robustness import TASKS
 from experiments.measurements.simulated import (
     COLOURS,
     TUNING_SEED,
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 
 
 MAX_STEPS = {"CartPole-v0": 150_000, "Acrobot-v1": 150_000, "Catch-bsuite": 300_000}
-"""What is played, and for how many environment steps. The other settings are those of the measurement of robustness."""
+"""What is played, and for how many environment steps. The other settings are the defaults."""
 
 
 Loss = Callable[[Any, Any, Any], Any]
@@ -148,18 +147,16 @@ class Arguments:
 
     def config(self, environment: str, ablation: Ablation) -> A3CConfig:
         """The configuration of the runs, but for the learning rate."""
-        task = TASKS.get(environment, TASKS["CartPole-v1"])
         together = self.num_workers if ablation.is_synchronous else 1
-        shape: dict[str, Any] = {
+        settings: dict[str, Any] = {
+            "environment": environment,
             "num_workers": self.num_workers // together,
             "envs_per_worker": together,
             "t_max": self.t_max,
             "max_steps": self.max_steps or MAX_STEPS[environment],
-            "shared_torso": False,
-            "gae_lambda": 1.0,
+            "nonfinite": "skip",
         }
-        own = {"environment": environment, "nonfinite": "skip"}
-        return dataclasses.replace(task, **(shape | own | ablation.changes))
+        return A3CConfig(**(settings | ablation.changes))
 
 
 class Line(NamedTuple):
