@@ -93,10 +93,10 @@ class VectorPlayer:
         """Resets all environments, to the beginning of the episodes of these numbers `[N]`."""
         self.episode = np.array(episode, np.int32)
         self._ended = np.zeros(self._num_envs, bool)
-        self._lives = np.zeros(self._num_envs, np.int64)
         everywhere = np.ones(self._num_envs, bool)
         seed = self._seeds(everywhere) if self._takes_list_of_seeds else self._seed(0)
-        observation, _ = self._environment.reset(seed=seed)
+        observation, info = self._environment.reset(seed=seed)
+        self._begin_lives(everywhere, info)
         return observation
 
     def step(self, action: Any) -> Stepped:
@@ -160,8 +160,12 @@ class VectorPlayer:
             observation = self._reset(late, episode)
         return observation, paid
 
+    def _begin_lives(self, mask: np.ndarray, info: dict[str, Any]) -> None:
+        """Notes how many lives new games begin with: none until their first step, if `reset` does not say."""
+        self._lives = np.where(mask, info.get("lives", 0), self._lives)
+
     def _count_lives(self, info: dict[str, Any], ended: np.ndarray) -> np.ndarray:
-        """Where there are fewer lives than before. A new game has no life before its first step."""
+        """Where there are fewer lives than before."""
         if "lives" not in info:
             raise ValueError(
                 "life_loss needs an environment that says info['lives'], as Atari's do, got only "
@@ -192,10 +196,10 @@ class VectorPlayer:
     def _reset(self, mask: np.ndarray, episode: np.ndarray) -> Any:
         """Begins the episodes of these numbers in some environments. Returns the observations of all."""
         self.episode = np.where(mask, episode, self.episode).astype(np.int32)
-        self._lives = np.where(mask, 0, self._lives)
         # Without a list of seeds the environment goes on with its own generator.
         seeds = self._seeds(mask) if self._takes_list_of_seeds else None
-        observation, _ = self._environment.reset(seed=seeds, options={"reset_mask": mask})
+        observation, info = self._environment.reset(seed=seeds, options={"reset_mask": mask})
+        self._begin_lives(mask, info)
         return observation
 
     def _seeds(self, mask: np.ndarray) -> Any:

@@ -58,12 +58,13 @@ def is_shape(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(size, numbers.Integral) for size in value)
 
 
-def batch_moments(values: Any, num_batch_dims: int) -> Any:
+def batch_moments(values: Any, num_batch_dims: int, valid: Array | None = None) -> Any:
     """The moments of a batch.
 
     Args:
       values: `[*batch, ...]`; or a tree of such arrays.
       num_batch_dims: the number of leading dimensions to take the moments over.
+      valid: which values count, `[*batch]` bool. None counts all.
 
     Returns:
       `Moments` of `[...]`; or a tree of them.
@@ -72,8 +73,13 @@ def batch_moments(values: Any, num_batch_dims: int) -> Any:
     def moments(values: Array) -> Moments:
         batch, shape = values.shape[:num_batch_dims], values.shape[num_batch_dims:]
         x = values.astype(jnp.float32).reshape(math.prod(batch), *shape)
-        mean = jnp.mean(x, axis=0)
-        return Moments(jnp.float32(len(x)), mean, jnp.sum(jnp.square(x - mean), axis=0))
+        if valid is None:
+            mean = jnp.mean(x, axis=0)
+            return Moments(jnp.float32(len(x)), mean, jnp.sum(jnp.square(x - mean), axis=0))
+        counts = valid.reshape(-1, *[1] * len(shape))
+        number = jnp.sum(valid, dtype=jnp.float32)
+        mean = jnp.sum(jnp.where(counts, x, 0.0), axis=0) / jnp.maximum(number, 1.0)
+        return Moments(number, mean, jnp.sum(jnp.square(jnp.where(counts, x - mean, 0.0)), axis=0))
 
     return jax.tree.map(moments, values)
 

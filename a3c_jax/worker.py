@@ -108,7 +108,7 @@ def learn(
     segment_moments: dict[str, Any] = {}
     if "observation" in running_moments:
         segment_moments["observation"] = normalization.batch_moments(
-            trajectory.observation_tm1, num_batch_dims=2
+            trajectory.observation_tm1, num_batch_dims=2, valid=trajectory.valid_tm1
         )
     reward_t = trajectory.reward_t
     if "reward" in running_moments:
@@ -161,5 +161,5 @@ def _moments_of_returns(
 
     ended_t = trajectory.terminated_t | trajectory.truncated_t
     last, returns = jax.lax.scan(step, state.discounted_return, (trajectory.reward_t, ended_t))
-    moments = normalization.batch_moments(returns, num_batch_dims=2)
+    moments = normalization.batch_moments(returns, num_batch_dims=2, valid=trajectory.valid_tm1)
     return state._replace(discounted_return=last), moments

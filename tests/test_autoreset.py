@@ -222,10 +222,30 @@ def test_an_episode_s_end_is_not_a_lost_life_and_a_new_game_has_not_lost_one():
     for action in actions_of(4):
         stepped = player.step(action)
         ended = stepped.terminated | stepped.truncated
-        # How many lives a game begins with is known after its first step.
+        # This one does not say with how many lives a game begins.
         np.testing.assert_array_equal(stepped.life_lost, (action == 2) & ~ended & ~first)
         first, lost = ended, lost + stepped.life_lost.sum()
     assert lost > 10
+
+
+class SaysLives(Lives):
+    """Says how many lives a game begins with."""
+
+    def reset(self, **options):
+        observation, info = super().reset(**options)
+        return observation, {**info, "lives": self.lives}
+
+
+def test_a_life_lost_in_the_first_step_is_seen_if_reset_says_how_many_there_are():
+    player = VectorPlayer(SaysLives(Stairs, N), life_loss=True)
+    player.begin(np.zeros(N, np.int32))
+    first, lost = np.ones(N, bool), 0
+    for action in actions_of(4):
+        stepped = player.step(action)
+        ended = stepped.terminated | stepped.truncated
+        np.testing.assert_array_equal(stepped.life_lost, (action == 2) & ~ended)
+        first, lost = ended, lost + (stepped.life_lost & first).sum()
+    assert lost > 5
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -17,7 +17,9 @@ from a3c_jax.algorithms import find_algorithm
 from a3c_jax.distributions import Categorical
 from a3c_jax.losses import a3c_loss
 from a3c_jax.networks import trajectory_apply
-from a3c_jax.rollout import Trajectory
+from a3c_jax.normalization import batch_moments, initial_moments, merge_moments
+from a3c_jax.rollout import Episodes, RolloutState, Trajectory
+from a3c_jax.worker import learn
 
 T, N, A, K = 12, 3, 4, 100  # steps, environments, actions, observations
 DISCOUNT, EPSILON = 0.9, 0.3
@@ -323,3 +325,44 @@ def test_trajectories_without_marks_give_what_they_always_gave():
     chex.assert_trees_all_equal(a, b)
     chex.assert_trees_all_close(a, c, rtol=1e-5, atol=1e-6)
     assert abs(loss(trajectory)[0] - a["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "seed", [SEEDS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SEEDS[1:])]
+)
+def test_running_moments_are_those_of_the_valid_steps(seed):
+    columns = DRAWN[seed]
+    algorithm, own = make("a3c", PolicyTable(), envs_per_worker=N)
+    params = PolicyTable().init(jax.random.key(0), None)
+    running = {"observation": initial_moments((K,)), "reward": initial_moments(())}
+    state = RolloutState(
+        jax.random.key(0), (), (), jnp.zeros(N), jnp.zeros(N, jnp.int32), (), jnp.full(N, 0.5), own
+    )
+    nothing = Episodes(*jnp.zeros((3, T, N), jnp.int32))
+    gradients, _, _ = learn(
+        algorithm, params | {"statistics": running}, state, as_trajectory(columns), nothing,
+        discount=DISCOUNT,
+    )  # fmt: skip
+    seen, returns = [], []
+    for column in columns:
+        discounted = 0.5
+        for step in column:
+            if step.valid:
+                seen.append(np.eye(K)[step.before])
+                returns.append(discounted := DISCOUNT * discounted + step.reward)
+            if step.terminated or step.truncated:
+                discounted = 0.0
+    assert len(seen) < T * N
+    for name, values in ("observation", np.array(seen)), ("reward", np.array(returns)):
+        found = gradients["statistics"][name]
+        assert found.num_values == len(values)
+        np.testing.assert_allclose(found.mean, values.mean(0), atol=1e-6)
+        np.testing.assert_allclose(
+            found.squared_deviations, len(values) * values.var(0), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_moments_of_no_valid_step_change_none():
+    before = batch_moments(jnp.arange(6.0).reshape(3, 2), 1)
+    found = batch_moments(jnp.full((4, 2), jnp.nan), 1, jnp.zeros(4, bool))
+    chex.assert_trees_all_equal(merge_moments(before, found), before)
