@@ -1,6 +1,7 @@
 """Atari's games by name: what is played, what is learnt from, and that it can be played again."""
 
 import functools
+import json
 import sys
 import warnings
 
@@ -9,13 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_games import Worker
-from small_runs import assert_equal_runs, assert_exact_counters, cut_short, replay, train_together
+from small_runs import (
+    assert_equal_runs,
+    assert_exact_counters,
+    cut_short,
+    refused,
+    replay,
+    train_together,
+)
 
 import a3c_jax
 from a3c_jax import A3CConfig, CheckpointFolder, evaluate, find_checkpoint, random_policy
 from a3c_jax.algorithm import a3c
 from a3c_jax.distributions import Categorical
 from a3c_jax.environments import HostEnvironment, make
+from experiments.measurements import atari_games
 
 pytest.importorskip("ale_py")
 from ale_py.vector_env import AtariVectorEnv  # noqa: E402
@@ -275,3 +284,41 @@ def test_an_action_out_of_range_is_an_error_and_no_endless_wait():
         a3c_jax.WorkerError, match="actions of environment 'ale:Pong.size=42' must be at least 0"
     ):
         a3c_jax.train(settings, network=OneTooMany())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--games", "pong", "tetris"], "games must be among pong, breakout"),
+        (["--games", "pong", "pong"], "games must be one or more, each once"),
+        (["--evaluation-episodes", "0"], "evaluation_episodes must be >= 1, got 0"),
+    ],
+)
+def test_a_measurement_of_games_refuses_wrong_ones(tmp_path, capsys, options, message):
+    folder = tmp_path / "run"
+    assert message in refused(capsys, atari_games, [*options, "--run-dir", str(folder)])
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_a_tiny_measurement_of_games_leaves_its_results_and_goes_on(tmp_path, capfd):
+    options = ["--games", "qbert", "space-invaders", "--max-steps", "16000"]
+    options += ["--evaluation-episodes", "1", "--run-dir", str(tmp_path / "run")]
+    folder = atari_games.main(options)
+    assert (folder / "atari_games.png").read_bytes().startswith(b"\x89PNG")
+    qbert, invaders = json.loads((folder / "atari_games.json").read_text())["games"]
+    summary = json.loads((folder / "qbert" / "summary.json").read_text())
+    assert qbert["frames"] == 4 * summary["environment_steps"] >= 64_000
+    assert qbert["sampled"] == summary["evaluation"]["sampled"]["mean"]
+    episodes = find_checkpoint(folder / "qbert").episodes
+    assert qbert["training"] == episodes.episode_return[-100:].mean() > 0
+    assert f"{qbert['training']:.1f}" in capfd.readouterr().out
+
+    del summary["evaluation"]  # as if it had been killed behind the training
+    (folder / "qbert" / "summary.json").write_text(json.dumps(summary))
+    before = (folder / "space-invaders" / "summary.json").stat().st_mtime_ns
+    atari_games.main(options)
+    again, same = json.loads((folder / "atari_games.json").read_text())["games"]
+    seconds = qbert.pop("hours"), again.pop("hours")
+    assert again == qbert and seconds[1] >= seconds[0] and same == invaders
+    assert (folder / "space-invaders" / "summary.json").stat().st_mtime_ns == before

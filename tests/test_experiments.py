@@ -27,6 +27,7 @@ TOOLS = ["curves", "replay", "sweep"] + [
     for name in (
         *(
             "ablations",
+            "atari_games",
             "data_efficiency",
             "minatar_agents",
             "reproduction",
