@@ -10,7 +10,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from a3c_jax import normalization
-from a3c_jax.algorithm import join_shared, split_shared
+from a3c_jax.algorithm import Metrics, join_shared, split_shared
 from a3c_jax.worker import Segment
 
 Array = jax.Array
@@ -33,13 +33,14 @@ class Updater(NamedTuple):
 
     Attributes:
       init: `init(params) -> OptimizerState`.
-      update: `update(gradients, optimizer_state, params, worker) -> (params, OptimizerState)`. If the
+      update: `update(gradients, optimizer_state, params, worker) -> (params, OptimizerState, metrics)`. If the
         gradients, their norm, or what the optimizer makes of them, are not finite, the parameters and the
-        optimizer's state are returned unchanged, with `finite` False.
+        optimizer's state are returned unchanged, with `finite` False. The metrics are those of the loss if it is
+        differentiated in the update; an empty dict otherwise.
     """
 
     init: Callable[[Any], OptimizerState]
-    update: Callable[[Any, OptimizerState, Any, Any], tuple[Any, OptimizerState]]
+    update: Callable[[Any, OptimizerState, Any, Any], tuple[Any, OptimizerState, Metrics]]
 
 
 def make_updater(
@@ -65,9 +66,10 @@ def make_updater(
 
     def update(
         gradients: Any, optimizer_state: OptimizerState, params: Any, worker: Any
-    ) -> tuple[Any, OptimizerState]:
+    ) -> tuple[Any, OptimizerState, Metrics]:
+        metrics: Metrics = {}
         if differentiate is not None:
-            gradients, _ = differentiate(params, gradients)
+            gradients, metrics = differentiate(params, gradients)
         old_state = optimizer_state.state
         weights, shared = split_shared(params)
         updates, new_state = optimizer.update(gradients, old_state, weights, worker=worker)
@@ -81,7 +83,7 @@ def make_updater(
             (new_params, new_state),
             (params, old_state),
         )
-        return params, OptimizerState(state, finite)
+        return params, OptimizerState(state, finite), metrics
 
     return Updater(init, update)
 

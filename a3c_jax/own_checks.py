@@ -10,6 +10,12 @@ import optax
 from a3c_jax.algorithm import Algorithm, MakeAlgorithm
 from a3c_jax.config import LOSS_FIELDS, OPTIMIZER_FIELDS, A3CConfig, default_of
 
+TAKEN = (
+    *("seconds", "environment_steps", "episodes", "updates", "steps_per_second", "mean_return"),
+    *("staleness", "max_staleness", "gradient_norm"),
+)
+"""What every row of metrics has, whatever the loss reports."""
+
 
 def checked_algorithm(make_algorithm: Any) -> MakeAlgorithm:
     """The algorithm, checked when it is made; what its loss returns is checked when that is traced.
@@ -67,14 +73,23 @@ def _with_checked_result(loss: Callable[..., Any]) -> Callable[..., Any]:
             raise TypeError(
                 f"loss must return a scalar, got shape {list(jnp.shape(value))}; take the mean."
             )
-        if not isinstance(metrics, dict) or any(jnp.shape(x) != () for x in metrics.values()):
+        if not isinstance(metrics, dict) or not all(_is_scalar(x) for x in metrics.values()):
             raise TypeError(
                 "the metrics of loss must be a dict of scalars, got "
                 f"{jax.tree.map(jnp.shape, metrics)}; take means."
             )
+        if taken := [name for name in metrics if name in TAKEN]:
+            raise ValueError(
+                f"the metrics of loss must not be called {', '.join(TAKEN)}, which a row of metrics has already, got "
+                f"{taken[0]!r}; choose another name."
+            )
         return result
 
     return checked
+
+
+def _is_scalar(value: Any) -> bool:
+    return jax.tree_util.all_leaves([value]) and jnp.shape(value) == ()
 
 
 def checked_optimizer(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from a3c_jax.algorithm import Algorithm, a3c
 from a3c_jax.config import A3CConfig
-from a3c_jax.losses import critic_loss, entropy_loss, n_step_returns
+from a3c_jax.losses import critic_loss, entropy_loss, mean_over, n_step_returns
 
 
 def off_policy_loss(
@@ -61,12 +61,14 @@ def off_policy_loss(
     advantage = r_t + discount_t * target_t - value_tm1
 
     if clip is None:
-        actor = -jnp.mean(log_prob * weight * advantage)
+        gain = log_prob * weight * advantage
     else:
         near = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
-        actor = -jnp.mean(jnp.minimum(ratio * advantage, near * advantage))
-    critic = critic_loss(v_tm1, target_tm1)
-    entropy = entropy_loss(distribution.entropy())
+        gain = jnp.minimum(ratio * advantage, near * advantage)
+    valid = trajectory.valid_tm1  # None in most environments, where every step counts
+    actor = -mean_over(valid, gain)
+    critic = critic_loss(v_tm1, target_tm1, valid)
+    entropy = entropy_loss(distribution.entropy(), valid)
     loss = actor + critic_cost * critic + entropy_cost * entropy
     return loss, {"loss": loss, "actor_loss": actor, "critic_loss": critic, "entropy": -entropy}
 

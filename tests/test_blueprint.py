@@ -348,7 +348,7 @@ def test_the_optimizer_takes_the_parameter_tree_with_its_moments(fields):
     gradients, _, _ = _compiled.compile_for_few_calls(blueprint.worker_step)(params, states[0])
     chex.assert_trees_all_equal_structs(gradients, params)
     updater = make_updater(blueprint.optimizer(1e-3))
-    new, state = updater.update(gradients, updater.init(params), params, 1)
+    new, state, _ = updater.update(gradients, updater.init(params), params, 1)
     chex.assert_trees_all_equal_shapes_and_dtypes(new, params)
     assert state.finite
     for moments in new.get("statistics", {}).values():

@@ -248,10 +248,10 @@ def test_the_defaults_worker_step_is_a_single_kernel_and_its_update_is_not(defau
     optimizer_state = _compiled.compile(updater.init, params)(params)
     update = _compiled.compile(updater.update, results[0], optimizer_state, params, 0)
     assert not update.in_single_kernel
-    moved, optimizer_state = update(results[0], optimizer_state, params, 1)
+    moved, optimizer_state, _ = update(results[0], optimizer_state, params, 1)
     assert bool(optimizer_state.finite)
     bad = jax.tree.map(lambda x: x * jnp.nan, _compiled.unpack(results[0]))
-    same, optimizer_state = update(bad, optimizer_state, moved, 0)
+    same, optimizer_state, _ = update(bad, optimizer_state, moved, 0)
     assert not optimizer_state.finite
     np.testing.assert_array_equal(same.vector, moved.vector)
 

@@ -1,5 +1,6 @@
 """Metrics: exact totals, a mean over a full window only, and sinks that show the numbers."""
 
+import contextlib
 import io
 import json
 import threading
@@ -37,7 +38,7 @@ def count(counters, returns, lengths=None, worker=0, staleness=0, **values):
     steps = np.full(len(ended), 88, np.int32)
     steps[ended] = 1 if lengths is None else lengths
     report = SegmentReport(values, Episodes(ended, padded, steps), np.int32(len(returns)))
-    counters.count(Update(worker, staleness, Snapshot(None, 0)), Report(report))
+    counters.count(Update(worker, staleness, Snapshot(None, 0), {}), Report(report))
 
 
 def episodes_of(counters):
@@ -149,7 +150,7 @@ def test_an_update_that_cannot_be_counted_is_not_counted_in_part():
     counters = Counters(steps_per_update=5, window=2, updates_per_row=1)
     count(counters, [1.0])
     with pytest.raises(ZeroDivisionError):
-        counters.count(Update(0, 2, Snapshot(None, 1)), Report())
+        counters.count(Update(0, 2, Snapshot(None, 1), {}), Report())
     assert counters.totals == Totals(1, 5, 1, 0, 0)
     assert len(episodes_of(counters).worker) == 1
     assert [row["updates"] for row, _ in take_rows(counters)] == [1]
@@ -212,7 +213,7 @@ def test_the_episodes_of_a_segment_are_looked_at_only_if_one_ended():
         num_episodes = np.int32(0)
 
     counters = Counters(steps_per_update=5, window=2)
-    counters.count(Update(0, 2, Snapshot(None, 1)), Report())
+    counters.count(Update(0, 2, Snapshot(None, 1), {}), Report())
     assert counters.totals == (1, 5, 0, 2, 2)
 
 
@@ -331,6 +332,22 @@ def test_json_lines_cuts_off_what_is_torn_and_does_not_repeat_the_last_row(tmp_p
         sink.write(some_row(updates=updates), episodes())
     sink.close()
     assert [row["updates"] for row in rows_in(path)] == [1, 2, 3, 4, 4]
+
+
+def test_json_lines_loses_no_row_of_a_second_run_and_warns(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        sink = JsonLines(path)
+        with (
+            pytest.warns(RuntimeWarning, match="rows up to update 3, and now")
+            if path.stat().st_size
+            else contextlib.nullcontext()
+        ):
+            sink.write(some_row(updates=1), episodes())
+        for updates in (2, 3):
+            sink.write(some_row(updates=updates), episodes())
+        sink.close()
+    assert [row["updates"] for row in rows_in(path)] == [1, 2, 3, 1, 2, 3]
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "null", "{", "\0", '{"updates": "many"}', "NaN"])

@@ -1,5 +1,7 @@
 """The examples of algorithms of one's own, V-trace and PPO's loss: against rlax, and through the threads."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from probes import Probe
 
 import a3c_jax
 from a3c_jax import A3CConfig
+from a3c_jax.algorithms import find_algorithm
 from a3c_jax.distributions import Categorical
 from a3c_jax.losses import a3c_loss
 from a3c_jax.rollout import Trajectory
@@ -129,6 +132,58 @@ def test_the_clipped_loss_is_that_of_rlax():
     expected = rlax.clipped_surrogate_pg_loss(flat(ratio), flat(advantage()), 0.2)
     _, metrics = off_policy_loss(params, apply_fn, trajectory, clip=0.2)
     np.testing.assert_allclose(metrics["actor_loss"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_steps_that_only_begin_an_episode_teach_nothing(clip):
+    params, trajectory = segment(on_policy=True, truncated=True)
+    # Such a step follows an episode's end, and earns nothing.
+    begins = jnp.zeros((T, N), bool).at[2, 1].set(True).at[5, 0].set(True)
+    trajectory = trajectory._replace(truncated_t=trajectory.truncated_t | begins, valid_tm1=~begins)
+    ours, theirs = (
+        jax.jit(jax.grad(lambda p, loss=loss: loss(p, apply_fn, trajectory, discount=0.9)[0]))(
+            params
+        )
+        for loss in (functools.partial(off_policy_loss, clip=clip), a3c_loss)
+    )
+    chex.assert_trees_all_close(ours, theirs, atol=1e-6)
+    assert not ours["v_tm1"][begins].any() and not ours["logits"][begins].any()
+
+
+def test_what_a_loss_reports_at_the_newest_parameters_is_in_the_rows_and_in_a_replay():
+    config = A3CConfig(
+        algorithm="experiments.off_policy:ppo", num_workers=1, envs_per_worker=2, t_max=4, hidden_sizes=(8,),
+        max_steps=40,
+    )  # fmt: skip
+    program, rows, seen = a3c_jax.build(config, environment=PROBE), [], []
+    result = a3c_jax.train(program, on_progress=rows.append, updates_per_row=1)
+    a3c_jax.replay(program, result.schedule, on_update=lambda *update: seen.append(update))
+    loss = find_algorithm(config.algorithm)(config, PROBE, None).loss
+    params = program.initial_params()
+    for row, (_, snapshot, played, metrics) in zip(rows, seen, strict=True):
+        expected, _ = loss(params, played.trajectory, played.own)
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+        assert {"loss", "actor_loss", "critic_loss", "entropy", "gradient_norm"} == set(metrics)
+        assert metrics.items() <= row.items()
+        params = snapshot.params
+    assert len(rows) == 5
+
+
+@pytest.mark.slow
+def test_a_simulation_has_what_a_loss_reports_at_the_newest_parameters():
+    config = A3CConfig(
+        algorithm="experiments.off_policy:ppo", num_workers=1, envs_per_worker=2, t_max=4, hidden_sizes=(8,),
+    )  # fmt: skip
+    schedule, seen = a3c_jax.fixed_delay(0, 5), []
+    a3c_jax.replay(
+        config, schedule, environment=PROBE, on_update=lambda *update: seen.append(update[-1])
+    )
+    simulated = a3c_jax.make_simulation(config, 0, environment=PROBE)(0, 2e-3, schedule).metrics
+    assert set(simulated) == set(seen[0])
+    for name, values in simulated.items():
+        np.testing.assert_allclose(
+            values, [metrics[name] for metrics in seen], rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ class Path:
         self.update = jax.jit(updater.update)
 
     def apply(self, gradients, worker=0):
-        self.params, self.state = self.update(gradients, self.state, self.params, worker)
+        self.params, self.state, _ = self.update(gradients, self.state, self.params, worker)
 
 
 # The optimizers, against NumPy in float64.

@@ -177,6 +177,8 @@ def test_a_function_of_the_learning_rate_gets_the_configurations():
         ({}, {"loss": lambda *_: (jnp.zeros(3), {})}, "loss must return a scalar"),
         ({}, {"loss": lambda *_: (jnp.float32(0), {"a": jnp.zeros(3)})}, "metrics of loss must be"),
         ({}, {"loss": lambda *_: (jnp.float32(0), [1.0])}, "metrics of loss must be"),
+        ({}, {"loss": lambda *_: (jnp.float32(0), {"a": {"b": 1.0}})}, "metrics of loss must be"),
+        ({}, {"loss": lambda *_: (jnp.float32(0), {"updates": 1.0})}, "must not be called .* 'updates'"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_compiled(fields, objects, message):

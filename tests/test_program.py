@@ -344,7 +344,7 @@ def test_step_and_updater_are_the_blueprints_functions_compiled(built):
         for name, array in named(expected).items():
             np.testing.assert_allclose(named(have)[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
     optimizer_state = built.updater.init(params)
-    moved, optimizer_state = built.updater.update(compiled[0], optimizer_state, params, 0)
+    moved, optimizer_state, _ = built.updater.update(compiled[0], optimizer_state, params, 0)
     assert bool(optimizer_state.finite)
     chex.assert_trees_all_equal_shapes_and_dtypes(_compiled.unpack(moved), params)
 

@@ -20,7 +20,8 @@ class JsonLines:
     """Appends each row to a file as one JSON object a line; NaN and infinity become null.
 
     If the disk is full, rows wait in memory until there is room, up to the last 10,000. A torn last line, as a
-    process leaves it that was killed, is cut off. A row that the file ends with already is not written again.
+    process leaves it that was killed, is cut off. If the first row is the one that the file ends with, as in a run that
+    goes on, it is not written again.
 
     Args:
       path: the file. It is made if it does not exist.
@@ -29,7 +30,8 @@ class JsonLines:
       OSError: if the file cannot be opened.
 
     Warns:
-      RuntimeWarning: once, if a row cannot be written; and at the end, if rows are lost.
+      RuntimeWarning: once, if a row cannot be written; at the end, if rows are lost; and if the first row has fewer
+        updates than the last one in the file, which is another run's then.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -40,10 +42,16 @@ class JsonLines:
         self._num_lost, self._warned = 0, False
 
     def write(self, row: Row, episodes: EpisodeLog) -> None:
-        if self._last_updates is not None:
-            if row.get("updates", np.inf) <= self._last_updates:
-                return
-            self._last_updates = None
+        (last, self._last_updates), updates = (self._last_updates, None), row.get("updates", np.inf)
+        if last is not None and updates == last:
+            return
+        if last is not None and updates < last:
+            warnings.warn(
+                f"{self._path} holds rows up to update {last:,.0f}, and now gets one of update {updates:,.0f}: it has rows of two "
+                "runs; give each run a file of its own.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         values = {k: v if np.isfinite(v) else None for k, v in row.items()}
         self._num_lost += len(self._waiting) == _MAX_WAITING
         self._waiting.append((json.dumps(values) + "\n").encode())

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from a3c_jax import _compiled
 from a3c_jax.asynchrony.parameters import Update
 from a3c_jax.asynchrony.records import EpisodeLog, make_episode_log
 
@@ -208,22 +209,24 @@ class Report:
     Attributes:
       num_episodes: how many episodes ended.
       episodes: their returns and their lengths, two vectors; None if there are none.
+      of_update: the metrics of the update, if its loss was differentiated there, as the updater returned them.
     """
 
-    __slots__ = ("_segment_report", "episodes", "num_episodes")
+    __slots__ = ("_segment_report", "episodes", "num_episodes", "of_update")
 
     def __init__(self, segment_report: Any) -> None:
         self._segment_report = segment_report
         self.num_episodes = int(segment_report.num_episodes)
         self.episodes: tuple[np.ndarray, np.ndarray] | None = None
+        self.of_update: Any = {}
         if self.num_episodes:
             ended, returns, lengths = map(np.asarray, segment_report.episodes)
             self.episodes = returns[ended], lengths[ended]
 
     @property
     def metrics(self) -> Any:
-        """The metrics of the segment, by name."""
-        return self._segment_report.metrics
+        """The metrics of the segment and of its update, by name."""
+        return {**self._segment_report.metrics, **_compiled.unpack(self.of_update)}
 
 
 class Sink(Protocol):

@@ -52,11 +52,14 @@ class Update(NamedTuple):
       worker: who computed the gradients.
       staleness: how many updates others applied since that worker pulled.
       snapshot: the parameters that the update leads to, and their version.
+      metrics: what the loss reports of itself if it was differentiated in the update, as the updater returned it;
+        empty otherwise.
     """
 
     worker: int
     staleness: int
     snapshot: Snapshot
+    metrics: Any
 
 
 class NonFiniteError(ArithmeticError):
@@ -173,12 +176,12 @@ class SharedParameters:
         # The new parameters are computed before the lock is taken, because most of the time nobody else
         # comes in between. If somebody did, they are computed again from what is there now.
         basis = self._current
-        params, optimizer_state, finite = self._move(gradients, basis, worker)
+        params, optimizer_state, metrics, finite = self._move(gradients, basis, worker)
         self._lock.acquire()
         try:
             if basis is not self._current:
                 basis = self._current
-                params, optimizer_state, finite = self._move(gradients, basis, worker)
+                params, optimizer_state, metrics, finite = self._move(gradients, basis, worker)
             version = basis[0].version
             if not finite and not self._skip_nonfinite:
                 why = explain_nonfinite(_compiled.unpack(gradients))
@@ -186,7 +189,8 @@ class SharedParameters:
         except BaseException:
             self._lock.release()
             raise
-        update = Update(worker, version - pulled_version, Snapshot(params, version + 1))
+        snapshot = Snapshot(params, version + 1)
+        update = Update(worker, version - pulled_version, snapshot, metrics)
         return update, optimizer_state, finite
 
     def _end_update(
@@ -246,11 +250,11 @@ class SharedParameters:
 
     def _move(
         self, gradients: Any, basis: tuple[Snapshot, Any], worker: int
-    ) -> tuple[Any, OptimizerState, bool]:
-        """What an update makes of the parameters and the optimizer's state, and whether it is finite."""
+    ) -> tuple[Any, OptimizerState, Any, bool]:
+        """What an update makes of the parameters and the optimizer's state, its metrics, and whether it is finite."""
         (params, _), optimizer_state = basis
-        params, optimizer_state = self._update(gradients, optimizer_state, params, worker)
-        return params, optimizer_state, bool(optimizer_state.finite)
+        params, optimizer_state, metrics = self._update(gradients, optimizer_state, params, worker)
+        return params, optimizer_state, metrics, bool(optimizer_state.finite)
 
     def _check(self, pulled_version: int, worker: int) -> None:
         if self._num_workers is not None and not 0 <= worker < self._num_workers:

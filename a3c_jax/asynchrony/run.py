@@ -90,6 +90,7 @@ class Run:
 
     def on_update(self, update: Update, report: Any) -> bool:
         """Counts an update, as part of it; True if it was the last one."""
+        report.of_update = update.metrics
         self.counters.count(update, report)
         if report.num_episodes:
             self._judge(update.snapshot.params)

@@ -178,7 +178,7 @@ def _make_update(
 
     def update(now: _Updated, played: Any) -> tuple[_Updated, Any]:
         is_possible, k, worker, gradients, report = played
-        new_params, optimizer_state = updater.update(
+        new_params, optimizer_state, metrics = updater.update(
             gradients, now.optimizer_state, unravel(now.params), worker
         )
         applied = is_possible & optimizer_state.finite
@@ -191,7 +191,8 @@ def _make_update(
         )
         versions = now.versions.at[(k + 1) % num_versions].set(params)
         counts = is_possible & runs
-        outputs = (*_mean_return(report.episodes, counts), report.metrics, applied)
+        metrics = {**report.metrics, **metrics}
+        outputs = (*_mean_return(report.episodes, counts), metrics, applied)
         return _Updated(params, versions, optimizer_state, runs), (counts, outputs)
 
     return update

@@ -142,7 +142,9 @@ def measure_parts(traced: Traced) -> dict[str, float]:
         for _ in range(12):
             trace.workers.clear()
             gradients, state, _ = program.step(params, state)
-            params, optimizer_state = program.updater.update(gradients, optimizer_state, params, 0)
+            params, optimizer_state, _ = program.updater.update(
+                gradients, optimizer_state, params, 0
+            )
             (calls,) = trace.workers.values()
             for name, spans in calls.items():
                 seconds[name].append(sum(end - begin for begin, end in spans) / 1e3)
