@@ -251,9 +251,18 @@ def _insert(observation: Any, info: dict[str, Any], ended: np.ndarray) -> Any:
         )
     final = info["final_obs"]
     copied = jax.tree.map(np.array, observation)
+
+    def put(x: np.ndarray, n: Any, last: Any) -> None:
+        if np.shape(x[n]) != np.shape(last):
+            raise ValueError(
+                f"info['final_obs'] must hold observations of the shape {list(x.shape[1:])}, got another one; a wrapper "
+                "that changes observations has left it out: wrap the single environments, or use another autoreset."
+            )
+        x[n] = last
+
     if isinstance(final, np.ndarray) and final.dtype == object:
         for n in np.flatnonzero(ended):
-            jax.tree.map(lambda x, y, n=n: x.__setitem__(n, y), copied, final[n])
+            jax.tree.map(lambda x, y, n=n: put(x, n, y), copied, final[n])
     else:
-        jax.tree.map(lambda x, y: x.__setitem__(ended, y[ended]), copied, final)
+        jax.tree.map(lambda x, y: put(x, ended, y[ended]), copied, final)
     return copied

@@ -192,7 +192,15 @@ def _checked_algorithm(
                 "algorithm with functools.partial."
             )
         found = functools.partial(found, loss=loss)
+    elif (bound := _bound_loss(found)) is not None:
+        check_loss(config, bound)
     return checked_algorithm(found)
+
+
+def _bound_loss(algorithm: Any) -> Loss | None:
+    """The loss in `functools.partial(a3c, loss=...)`."""
+    is_bound = isinstance(algorithm, functools.partial) and algorithm.func is a3c
+    return algorithm.keywords.get("loss") if is_bound else None
 
 
 def _make_start(

@@ -31,6 +31,16 @@ def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
       TypeError: if the object lacks a part of both interfaces.
     """
     kind = type(environment).__name__
+    if isinstance(environment, str):
+        raise TypeError(
+            f"environment must be an object, got the name {environment!r}; name it in A3CConfig(environment=...), or make "
+            "it with a3c_jax.environments.make."
+        )
+    if isinstance(environment, type) and hasattr(environment, "reset"):
+        raise TypeError(
+            f"environment must be an object, got the class {environment.__name__}; make an object of it, or give a "
+            "function that makes a gymnasium.vector.VectorEnv of so many."
+        )
     if isinstance(environment, HostEnvironment):
         return environment  # type: ignore[return-value]
     makes_one = callable(environment) and not hasattr(environment, "reset")

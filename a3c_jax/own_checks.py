@@ -1,6 +1,6 @@
 """Refuses an algorithm, a loss or an optimizer of your own that cannot work, before anything is compiled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ def checked_algorithm(make_algorithm: Any) -> MakeAlgorithm:
     if not callable(make_algorithm):
         raise TypeError(
             "algorithm must be a function (config, environment, network) -> Algorithm, got "
-            f"{make_algorithm!r}; give one like a3c_jax.algorithm.a3c."
+            f"{make_algorithm!r}; give one like a3c_jax.algorithm.a3c, or name one in A3CConfig(algorithm=...)."
         )
 
     def make(config: A3CConfig, environment: Any, network: Any) -> Algorithm:
@@ -53,9 +53,37 @@ def check_loss(config: A3CConfig, loss: Any) -> None:
             "loss must be a function (params, apply_fn, trajectory) -> (scalar, metrics), got "
             f"{loss!r}; give one like a3c_jax.losses.a3c_loss."
         )
-    # The discount of the configuration is still that of the returns by which rewards are normalised.
-    fields = LOSS_FIELDS if config.normalize_rewards else (*LOSS_FIELDS, "discount")
-    _check_defaults(config, fields, "loss", "bind it to your loss with functools.partial")
+    _check_defaults(
+        config, _loss_fields(config), "loss", "bind it to your loss with functools.partial"
+    )
+
+
+def check_settings(
+    config: A3CConfig, names: Iterable[str], loss: Any = None, optimizer: Any = None
+) -> None:
+    """Checks that settings of a simulation have an effect beside a loss or an optimizer of one's own.
+
+    Raises:
+      ValueError: if one has none.
+    """
+    unread = {
+        "loss": () if loss is None else _loss_fields(config),
+        "optimizer": ()
+        if optimizer is None
+        else [f for f in OPTIMIZER_FIELDS if f != "learning_rate"],
+    }
+    for name in names:
+        for what, fields in unread.items():
+            if name in fields:
+                raise ValueError(
+                    f"A3CConfig.{name} belongs to the built-in {what} and must not be a setting beside {what}=..., which does "
+                    "not read it; leave it out."
+                )
+
+
+def _loss_fields(config: A3CConfig) -> Sequence[str]:
+    """The fields that belong to A3C's loss. Normalised rewards are divided by the deviation of discounted returns."""
+    return LOSS_FIELDS if config.normalize_rewards else (*LOSS_FIELDS, "discount")
 
 
 def _with_checked_result(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +138,15 @@ def checked_optimizer(
         )
     fields = [f for f in OPTIMIZER_FIELDS if not is_function or f != "learning_rate"]
     _check_defaults(config, fields, "optimizer", "build it into your optimizer")
-    return lambda config, learning_rate: optimizer(learning_rate) if is_function else made
+
+    def make(config: A3CConfig, learning_rate: Any) -> optax.GradientTransformation:
+        if is_function:
+            return optimizer(learning_rate)
+        if isinstance(config.learning_rate, float):  # and not traced by a simulation
+            _check_defaults(config, ["learning_rate"], "optimizer", "build it into your optimizer")
+        return made
+
+    return make
 
 
 def _check_defaults(config: A3CConfig, fields: Sequence[str], what: str, remedy: str) -> None:

@@ -21,9 +21,9 @@ class Trajectory(NamedTuple):
       observation_tm1: what was acted upon, `[T, N, ...]`, or a dict or tuple of such arrays.
       action_tm1: what was done, `[T, N]` int32, or `[T, N, D]` int32 for D discrete actions at once, or
         `[T, N, D]` float32 if actions are continuous.
-      reward_t: what it earned, `[T, N]` float32.
+      reward_t: what it earned, `[T, N]` float32. A loss sees it clipped, scaled or replaced, as the configuration says.
       terminated_t: whether it ended the episode, `[T, N]` bool.
-      truncated_t: whether a time limit then cut the episode, `[T, N]` bool.
+      truncated_t: whether a time limit then cut the episode, `[T, N]` bool; also True where `valid_tm1` is False.
       observation_t: what followed, before any reset, like `observation_tm1`.
       carry: what a recurrent network remembered at the segment's start, a tree of `[N, ...]`; `()` for a
         feed-forward network.

@@ -154,12 +154,12 @@ def _moments_of_returns(
       The state with the returns at the segment's end, and the moments of the returns at all its steps.
     """
 
-    def step(running: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+    def add(running: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
         reward, ended = step
         running = discount * running + reward
         return jnp.where(ended, 0.0, running), running
 
     ended_t = trajectory.terminated_t | trajectory.truncated_t
-    last, returns = jax.lax.scan(step, state.discounted_return, (trajectory.reward_t, ended_t))
+    last, returns = jax.lax.scan(add, state.discounted_return, (trajectory.reward_t, ended_t))
     moments = normalization.batch_moments(returns, num_batch_dims=2, valid=trajectory.valid_tm1)
     return state._replace(discounted_return=last), moments

@@ -1,8 +1,8 @@
 """A3C on one page: `python -m experiments.minimal` solves CartPole-v1 with four threads.
 
 Every worker thread repeats four steps: take the current parameters, play a few steps with them, compute the
-gradients of the loss on those steps, and apply the gradients to the parameters that all workers share. Nobody
-waits for anybody, so others may have changed the parameters in between. That is the asynchrony of A3C.
+gradients of the loss on those steps, and apply the gradients to the parameters that all workers share. Nobody waits
+for another's gradients, so others may have changed the parameters in between. That is the asynchrony of A3C.
 """
 
 import threading

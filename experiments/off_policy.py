@@ -76,7 +76,15 @@ def off_policy_loss(
 def vtrace(
     config: A3CConfig, environment: Any, network: Any = None, *, clip: float | None = None
 ) -> Algorithm:
-    """A3C's policy and values, learnt with V-trace at the newest parameters."""
+    """A3C's policy and values, learnt with V-trace at the newest parameters.
+
+    Raises:
+      ValueError: if the configuration has a `gae_lambda`, which this loss does not read.
+    """
+    if config.gae_lambda != 1.0:
+        raise ValueError(
+            f"gae_lambda must be 1 for V-trace, got {config.gae_lambda}; leave it out."
+        )
     loss = functools.partial(
         off_policy_loss,
         discount=config.discount,

@@ -312,6 +312,30 @@ def test_a_vector_that_withholds_the_last_observation_is_refused():
         list(play(player, actions_of(6)))
 
 
+@pytest.mark.parametrize("form", ["dense", "objects"])
+def test_a_wrapper_that_leaves_the_last_observation_as_it_was_is_refused(form):
+    class Stacks(Vector):
+        """Shows each observation twice, but for the last one of an episode."""
+
+        def reset(self, **options):
+            observation, info = super().reset(**options)
+            return np.stack([observation, observation], 1), info
+
+        def step(self, actions):
+            observation, *rest, info = super().step(actions)
+            if "final_obs" in info and form == "objects":
+                last = np.empty(self.num_envs, object)
+                last[:] = list(np.asarray(info["final_obs"]))
+                info = {**info, "final_obs": last}
+            return np.stack([observation, observation], 1), *rest, info
+
+    player = VectorPlayer(Stacks(Stairs, N, "SameStep"))
+    with pytest.raises(
+        ValueError, match=r"'final_obs'\] must hold observations of the shape \[2, "
+    ):
+        list(play(player, actions_of(6)))
+
+
 # Gymnasium's wrappers of vectors. Those of observations refuse SameStep themselves.
 
 

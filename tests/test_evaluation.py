@@ -10,6 +10,7 @@ from small_runs import program
 
 from a3c_jax import A3CConfig, evaluate, greedy_policy, make, random_policy, sampled_policy, train
 from a3c_jax.asynchrony.evaluation import Policy
+from a3c_jax.distributions import Categorical
 from a3c_jax.networks import ActorCritic
 from experiments.report import _side_by_side
 
@@ -117,6 +118,51 @@ def test_equal_networks_and_other_parameters_share_one_compiled_evaluation():
     assert len(traces) == 2  # one for each policy
     evaluate(greedy_policy(network), params, environment, jax.random.key(0), 3)
     assert len(traces) == 3  # another number of episodes is another program
+
+
+class Unhashable:
+    """A network that is equal to others, as a dataclass is."""
+
+    __hash__ = None
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __eq__(self, other):
+        return True
+
+    def init(self, key, observation):
+        return {}
+
+    def apply(self, params, observation):
+        logits = jnp.stack(
+            [jnp.zeros(len(observation)), jnp.full(len(observation), self.weight)], -1
+        )
+        return Categorical(logits), jnp.zeros(len(observation))
+
+
+def test_networks_that_cannot_be_hashed_are_told_apart_by_their_identity():
+    first, second = Unhashable(1.0), Unhashable(-1.0)
+    assert greedy_policy(first) is greedy_policy(first)
+    observation, key = jnp.zeros((3, 1)), jax.random.key(0)
+    actions = [greedy_policy(n).act({}, key, observation, ())[0][0] for n in (first, second)]
+    assert actions == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "key", "message"),
+    [
+        (
+            lambda *_: 0,
+            None,
+            "policy must be an a3c_jax.asynchrony.evaluation.Policy, got function",
+        ),
+        (constant(0), 3, r"key must be a PRNG key, got 3; give jax.random.key\(3\)"),
+    ],
+)
+def test_what_is_no_policy_or_no_key_is_refused(policy, key, message):
+    with pytest.raises(TypeError, match=message):
+        evaluate(policy, {}, TwoLengths(None, None), key)
 
 
 def test_a_number_of_episodes_must_be_positive():

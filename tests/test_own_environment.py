@@ -159,6 +159,18 @@ def test_what_is_no_environment_is_refused_with_what_it_lacks():
         make_blueprint(A3CConfig(**TINY), environment=Half())
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ("Pendulum-v1", r"got the name 'Pendulum-v1'; name it in A3CConfig\(environment=...\)"),
+        (Plain, r"got the class Plain; make an object of it"),
+    ],
+)
+def test_names_and_classes_are_refused_as_objects(environment, message):
+    with pytest.raises(TypeError, match=message):
+        make_blueprint(A3CConfig(**TINY), environment=environment)
+
+
 def test_a_single_environment_of_gymnasium_is_refused_in_one_sentence():
     gymnasium = pytest.importorskip("gymnasium")
     message = (

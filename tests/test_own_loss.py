@@ -12,6 +12,7 @@ from probes import Probe
 
 import a3c_jax
 from a3c_jax import A3CConfig, CheckpointFolder, find_checkpoint, fixed_delay
+from a3c_jax.algorithm import a3c
 from a3c_jax.losses import a3c_loss
 
 TINY = {"num_workers": 2, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,), "max_steps": 160}
@@ -178,6 +179,8 @@ def test_a_function_of_the_learning_rate_gets_the_configurations():
         ({}, {"loss": lambda *_: (jnp.float32(0), {"a": jnp.zeros(3)})}, "metrics of loss must be"),
         ({}, {"loss": lambda *_: (jnp.float32(0), [1.0])}, "metrics of loss must be"),
         ({}, {"loss": lambda *_: (jnp.float32(0), {"a": {"b": 1.0}})}, "metrics of loss must be"),
+        ({"entropy_cost": 0.5}, {"algorithm": functools.partial(a3c, loss=a3c_loss)}, "built-in loss"),
+        ({}, {"algorithm": "one_step_q"}, r"name one in A3CConfig\(algorithm=...\)"),
         ({}, {"loss": lambda *_: (jnp.float32(0), {"updates": 1.0})}, "must not be called .* 'updates'"),
     ],
 )  # fmt: skip

@@ -269,8 +269,20 @@ def test_another_optimizer_is_compiled_and_the_worker_step_is_not(config, change
 
 def test_an_optimizer_of_one_s_own_stays():
     built = a3c_jax.build(small(), environment=WALK, optimizer=optax.sgd(0.1))
-    with pytest.raises(ValueError, match="must not change what an own optimizer may depend on"):
+    with pytest.raises(ValueError, match="learning_rate belongs to the built-in optimizer"):
         built.replace(learning_rate=0.5)
+    with pytest.raises(ValueError, match="must not change momentum, on which .* your own optim"):
+        built.replace(momentum=0.5)
+
+
+def test_a_function_of_the_learning_rate_is_called_again_for_another_one():
+    built = a3c_jax.build(small(), environment=WALK, optimizer=lambda rate: optax.sgd(rate))
+    changed = built.replace(learning_rate=0.5)
+    assert changed.step is built.step
+    schedule = a3c_jax.fixed_delay(1, num_updates=6)
+    options = {"environment": WALK, "single_kernel": built.single_kernel}
+    expected = replay(small(), schedule, optimizer=optax.sgd(0.5), **options)
+    chex.assert_trees_all_equal(replay(changed, schedule).params, expected.params)
 
 
 def test_nonsense_is_refused_as_the_configuration_refuses_it(built):

@@ -6,6 +6,7 @@ import doctest
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_runs import program, train_together
 
@@ -21,6 +22,7 @@ from a3c_jax import (
     straggler,
 )
 from a3c_jax.asynchrony import schedules, simulation
+from a3c_jax.losses import a3c_loss
 
 SMALL = {"envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,), "num_workers": 1}
 UPDATES = 25
@@ -383,6 +385,9 @@ def test_a_schedule_that_cannot_be_is_refused(worker, pulled, message):
         simulate(0, 1e-3, Schedule(np.array(worker, np.int32), np.array(pulled, np.int64)))
 
 
+ONE = fixed_delay(0, num_updates=1)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -391,6 +396,18 @@ def test_a_schedule_that_cannot_be_is_refused(worker, pulled, message):
             lambda: make_simulation(config(), 0, workers_at_once=0),
             ValueError,
             "workers_at_once must be >= 1, got 0",
+        ),
+        (
+            lambda: make_simulation(config(), 0, loss=a3c_loss)(0, {"entropy_cost": 0.1}, ONE),
+            ValueError,
+            "entropy_cost belongs to the built-in loss and must not be a setting",
+        ),
+        (
+            lambda: make_simulation(config(), 0, optimizer=optax.sgd(0.1))(
+                0, {"momentum": 0.1}, ONE
+            ),
+            ValueError,
+            "momentum belongs to the built-in optimizer and must not be a setting",
         ),
         (lambda: round_robin(0, 5), ValueError, "num_workers must be >= 1, got 0"),
         (lambda: fixed_delay(-1, 5), ValueError, "delay must be >= 0, got -1"),

@@ -387,3 +387,18 @@ def test_cartpole_is_solved_by_one_and_by_many_workers(num_workers):
         result.evaluation_key,
     )
     assert evaluation.returns.mean() >= 475.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoints": "runs/a"}, "must be an a3c_jax.CheckpointFolder, got 'runs/a'; give"),
+        (
+            {"resume": "runs/a"},
+            r"must be an a3c_jax.Checkpoint, got 'runs/a'; give a3c_jax.find_ch",
+        ),
+    ],
+)
+def test_the_name_of_a_folder_is_refused_where_an_object_is_needed(options, message):
+    with pytest.raises(TypeError, match=message):
+        a3c_jax.train(A3CConfig(), **options)

@@ -64,7 +64,7 @@ def prepare_process() -> None:
         _warn_the_importer(
             "JAX was already initialised when a3c_jax was imported, so its calls on a CPU stay asynchronous, "
             "and A3C with small batches is several times slower. Write `from a3c_jax import train` before the "
-            f"first JAX computation, or set {ASYNC_DISPATCH}=1 to accept this."
+            f"first JAX computation (importing gymnax makes one), or set {ASYNC_DISPATCH}=1 to accept this."
         )
         return
     global _inline

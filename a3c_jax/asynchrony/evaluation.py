@@ -42,19 +42,41 @@ class Evaluation(NamedTuple):
     lengths: np.ndarray
 
 
-@functools.cache
+def _made_once(make: Callable[[Any], Policy]) -> Callable[[Any], Policy]:
+    """The function, which gives the same policy again for the same object, so that it is compiled once."""
+    made: dict[Any, tuple[Any, Policy]] = {}
+
+    @functools.wraps(make)
+    def find(thing: Any) -> Policy:
+        key = thing if _is_hashable(thing) else id(thing)
+        if key not in made:
+            made[key] = thing, make(thing)  # which keeps the object, and so its identity
+        return made[key][1]
+
+    return find
+
+
+def _is_hashable(thing: Any) -> bool:
+    try:
+        hash(thing)
+    except TypeError:
+        return False
+    return True
+
+
+@_made_once
 def greedy_policy(network: Any) -> Policy:
     """The policy that takes the most probable action."""
     return _policy(network, lambda distribution, key: distribution.mode())
 
 
-@functools.cache
+@_made_once
 def sampled_policy(network: Any) -> Policy:
     """The policy that samples its actions, as in training."""
     return _policy(network, lambda distribution, key: distribution.sample(key))
 
 
-@functools.cache
+@_made_once
 def random_policy(environment: Environment) -> Policy:
     """The policy that draws every action uniformly: the baseline to beat."""
     return Policy(
@@ -75,7 +97,8 @@ def evaluate(
     would favour short ones.
 
     Args:
-      policy: `greedy_policy(network)`, `sampled_policy(network)`, `random_policy(environment)`, or your own.
+      policy: `greedy_policy(network)`, `sampled_policy(network)`, `random_policy(environment)`, or a `Policy` of
+        your own.
       params: what the policy takes as its first argument.
       environment: what to play. Its episodes must end, by a time limit at the latest.
       key: a PRNG key; equal keys give equal episodes.
@@ -83,7 +106,15 @@ def evaluate(
 
     Raises:
       ValueError: if `num_episodes` is not positive.
+      TypeError: if the policy is no `Policy`, or the key no PRNG key.
     """
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy must be an a3c_jax.asynchrony.evaluation.Policy, got {type(policy).__name__}; give "
+            "greedy_policy(network), or Policy(act, initialize_carry)."
+        )
+    if isinstance(key, int):
+        raise TypeError(f"key must be a PRNG key, got {key}; give jax.random.key({key}).")
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be >= 1, got {num_episodes}; use 100.")
     if isinstance(environment, HostEnvironment):

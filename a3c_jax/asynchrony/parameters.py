@@ -109,7 +109,9 @@ class SharedParameters:
         self._skipped = 0
         self.log = make_schedule_log()
         self._in_flight: dict[int, Snapshot] = {}
-        self._lock = threading.RLock()
+        self._lock = (
+            threading.RLock()
+        )  # because a block that is part of an update may use the store
         # One tuple, replaced as a whole, so that it can be read without the lock.
         self._current: tuple[Snapshot, Any] = (Snapshot(params, 0), optimizer.init(params))
 
@@ -149,8 +151,8 @@ class SharedParameters:
         therefore belongs to the same consistent moment of the run. If it raises, there is no update.
 
         Args:
-          gradients: a tree like the parameters. They must be computed already
-            (`jax.block_until_ready`), so that nobody waits for them with the lock held.
+          gradients: a tree like the parameters, or a segment if the updater differentiates the loss itself. They must be
+            computed already (`jax.block_until_ready`), so that nobody waits for them with the lock held.
           pulled_version: the version of the snapshot that the gradients were computed from.
           worker: who computed them.
 

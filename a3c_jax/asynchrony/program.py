@@ -12,7 +12,12 @@ import numpy as np
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.objects import name_objects
 from a3c_jax.blueprint import Blueprint, describe, make_parts
-from a3c_jax.config import A3CConfig, changes_needing_compilation, is_same_optimizer
+from a3c_jax.config import (
+    OPTIMIZER_FIELDS,
+    A3CConfig,
+    changes_needing_compilation,
+    is_same_optimizer,
+)
 from a3c_jax.environments import Environment, HostEnvironment
 from a3c_jax.host_worker import HostWorkerStep, rehearse
 from a3c_jax.optimizers import Updater
@@ -76,12 +81,13 @@ class Program:
         config = dataclasses.replace(self.config, **changes)
         refused = list(changes_needing_compilation(self.config, config))
         same_optimizer = is_same_optimizer(self.config, config)
-        if "optimizer" in self.objects and not same_optimizer:
-            refused.append("what an own optimizer may depend on")
+        if "optimizer" in self.objects:  # which may be a function of the learning rate
+            own = [name for name in OPTIMIZER_FIELDS if name != "learning_rate"]
+            refused += [name for name in own if getattr(config, name) != getattr(self.config, name)]
         if refused:
             raise ValueError(
-                f"Program.replace must not change {', '.join(refused)}, which the compiled worker step "
-                "depends on; build another program."
+                f"Program.replace must not change {', '.join(refused)}, on which the compiled worker step or your own "
+                "optimizer depends; build another program."
             )
         if isinstance(self.environment, HostEnvironment):
             self.environment.check_copies(config.num_workers, config.envs_per_worker)

@@ -19,6 +19,7 @@ from a3c_jax.blueprint import Parts, describe, make_parts
 from a3c_jax.config import A3CConfig
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.optimizers import Updater
+from a3c_jax.own_checks import check_settings
 
 Array = jax.Array
 
@@ -98,6 +99,7 @@ def make_simulation(
         if not any(isinstance(column, jax.core.Tracer) for column in schedule):
             _check_schedule(schedule, config.num_workers, max_staleness, workers_at_once)
         fields = settings if isinstance(settings, dict) else {"learning_rate": settings}
+        check_settings(config, fields, loss=loss, optimizer=optimizer)
         return run(
             jnp.asarray(seed, jnp.uint32),
             {name: jnp.asarray(number, jnp.float32) for name, number in fields.items()},
@@ -253,5 +255,6 @@ def _check_schedule(
             raise ValueError(
                 f"workers_at_once must be such that the segments of {workers_at_once} updates can be played side by side: by "
                 f"different workers, and from parameters that are there before the first of them, got updates {first} to "
-                f"{first + len(worker) - 1} by workers {worker.tolist()} from versions {pulled.tolist()}; use 1."
+                f"{first + len(worker) - 1} by workers {worker.tolist()} from versions {pulled.tolist()}; use 1, or make the schedule with "
+                f"num_workers={num_workers}."
             )

@@ -62,7 +62,8 @@ def train(
     Args:
       config: the configuration, or a program that `build` made of one.
       environment: what to play instead of the environment that the configuration names: an object with
-        gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`.
+        gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`; a
+        `gymnasium.vector.VectorEnv`, or a function `make(num_envs)` that makes one.
       network: what to train instead of the network that the configuration describes: a module like
         `a3c_jax.networks.ActorCritic`, or anything with `init` and `apply`
         (`a3c_jax.networks.network_functions`).
@@ -109,6 +110,7 @@ def train(
       RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried. And if the
         run to go on with had another number of XLA threads than this process.
     """
+    _check_kinds(checkpoints, resume)
     if on_progress is not None:
         sinks = [*sinks, CallFunction(on_progress)]
     single_kernel = None if resume is None else resume.single_kernel
@@ -180,6 +182,18 @@ def _keeping(
     if checkpoints is None:
         return contextlib.nullcontext()
     return checkpoints.keeping(run.logs, resume)
+
+
+def _check_kinds(checkpoints: Any, resume: Any) -> None:
+    """Refuses names of files where objects are needed, before anything is compiled."""
+    if checkpoints is not None and not isinstance(checkpoints, CheckpointFolder):
+        raise TypeError(
+            f"checkpoints must be an a3c_jax.CheckpointFolder, got {checkpoints!r}; give CheckpointFolder(folder)."
+        )
+    if resume is not None and not isinstance(resume, Checkpoint):
+        raise TypeError(
+            f"resume must be an a3c_jax.Checkpoint, got {resume!r}; give a3c_jax.find_checkpoint(folder)."
+        )
 
 
 def _start(
