@@ -87,6 +87,7 @@ class VectorPlayer:
         self.marks_beginnings = self._resets_itself and self._mode == "NextStep"
         self._life_loss, self._lives = life_loss, np.zeros(self._num_envs, np.int64)
         self._ended = np.zeros(self._num_envs, bool)
+        self._others_were_checked = False
         self.episode = np.full(self._num_envs, -1, np.int32)
 
     def begin(self, episode: np.ndarray) -> Any:
@@ -104,6 +105,11 @@ class VectorPlayer:
         observation, reward, terminated, truncated, info = self._environment.step(action)
         reward = np.asarray(reward, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        if not reward.shape == terminated.shape == truncated.shape == self._ended.shape:
+            raise ValueError(
+                f"a vector environment must return a reward, a terminated and a truncated of shape [{self._num_envs}], got "
+                f"{[*reward.shape]}, {[*terminated.shape]} and {[*truncated.shape]}; correct its step."
+            )
         ended, valid, final_observation = terminated | truncated, None, observation
         life_lost = self._count_lives(info, ended) if self._life_loss else None
         if self.marks_beginnings:
@@ -119,6 +125,7 @@ class VectorPlayer:
             else:
                 final_observation = jax.tree.map(np.array, observation)
                 observation = self._reset(ended, self.episode + 1)
+                self._check_others(final_observation, observation, ended)
         return Stepped(
             observation, reward, terminated, truncated, final_observation, valid, life_lost
         )
@@ -162,7 +169,8 @@ class VectorPlayer:
 
     def _begin_lives(self, mask: np.ndarray, info: dict[str, Any]) -> None:
         """Notes how many lives new games begin with: none until their first step, if `reset` does not say."""
-        self._lives = np.where(mask, info.get("lives", 0), self._lives)
+        if self._life_loss:
+            self._lives = np.where(mask, info.get("lives", 0), self._lives)
 
     def _count_lives(self, info: dict[str, Any], ended: np.ndarray) -> np.ndarray:
         """Where there are fewer lives than before."""
@@ -176,6 +184,19 @@ class VectorPlayer:
         self._lives = np.where(ended, 0, lives)
         return lost
 
+    def _check_others(self, before: Any, after: Any, ended: np.ndarray) -> None:
+        """Checks once that a reset of some environments has left the others as they were."""
+        if self._others_were_checked or ended.all():
+            return
+        self._others_were_checked = True
+        for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            x, y = np.asarray(x)[~ended], np.asarray(y)[~ended]
+            if not np.array_equal(x, y, equal_nan=x.dtype.kind == "f"):
+                raise ValueError(
+                    "reset(options={'reset_mask': mask}) must leave the environments outside the mask as they are, but "
+                    "their observations changed; let it, and each wrapper, look at the mask, or use another autoreset."
+                )
+
     def render(self) -> np.ndarray:
         """A picture of the first environment, `[height, width, 3]` uint8, if it was made with that `render_mode`."""
         return np.asarray(self._environment.render()[0])
@@ -184,14 +205,18 @@ class VectorPlayer:
         """Closes the environments."""
         self._close()
 
+    def end_processes(self) -> None:
+        """Ends the processes of environments that do not return from a step. It may be called from another thread."""
+        for process in getattr(self._innermost, "processes", ()):
+            process.terminate()
+
     def _close_all(self) -> None:
         """Closes the environments. If one of their processes has died, the others are ended all the same."""
         processes = getattr(self._innermost, "processes", ())
         try:
             self._environment.close(**{"timeout": _CLOSE_SECONDS} if processes else {})
         finally:
-            for process in processes:
-                process.terminate()
+            self.end_processes()
 
     def _reset(self, mask: np.ndarray, episode: np.ndarray) -> Any:
         """Begins the episodes of these numbers in some environments. Returns the observations of all."""

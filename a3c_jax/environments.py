@@ -145,6 +145,7 @@ def _sticky(environment: Any, probability: Any) -> Any:
 def _near(name: str) -> str:
     known = {k.lower(): k for k in [*gymnax.registered_envs, *_VARIANTS]}
     near = [known[k] for k in difflib.get_close_matches(name.lower(), known, cutoff=0.5)]
-    return (
+    found = (
         f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known.values())}."
     )
+    return f"{found} Gymnasium's are named gymnasium:id, and Atari's games ale:game."

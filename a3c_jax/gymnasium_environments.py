@@ -43,7 +43,7 @@ def make_host_environment(name: str, action_bounds: str = "clip", **params: Any)
     params = named | params
     own = {key: params.pop(key) for key in _OWN_OPTIONS if key in params}
     if library == "ale":
-        make = _ale_maker(name, base, params)
+        make = _ale_maker(name, module, base, params)
     else:
         make = functools.partial(_make_gymnasium, name, module, base, params)
     return HostEnvironment(name, make, action_bounds=action_bounds, **own)
@@ -63,7 +63,7 @@ def _make_gymnasium(
             f"environment {name!r} needs a library that is not installed ({error}); run pip install "
             "-e '.[gymnasium]', or install that library."
         ) from error
-    except (gymnasium.error.Error, ModuleNotFoundError, TypeError, ValueError) as error:
+    except Exception as error:  # environments check their arguments in many ways
         known = gymnasium.registry
         near = [] if base in known else difflib.get_close_matches(base, known, cutoff=0.6)
         raise ValueError(
@@ -84,7 +84,7 @@ def _make_vector(base: str, params: dict[str, Any], num_envs: int) -> Any:
     return gymnasium.make_vec(base, num_envs, vector_kwargs=kwargs, **options)
 
 
-def _ale_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], Any]:
+def _ale_maker(name: str, module: str, base: str, params: dict[str, Any]) -> Callable[[int], Any]:
     try:
         from ale_py import roms
         from ale_py.vector_env import AtariVectorEnv
@@ -93,7 +93,7 @@ def _ale_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], 
             f"environment {name!r} needs ale-py, which is not installed; run pip install -e '.[atari]'."
         ) from error
     known = {_plain(rom): rom for rom in roms.get_all_rom_ids()}
-    if _plain(base) not in known:
+    if module or _plain(base) not in known:
         near = difflib.get_close_matches(_plain(base), known, cutoff=0.5)
         raise ValueError(
             f"environment must name a game of ale-py, got {name!r}; "
@@ -117,8 +117,28 @@ def _ale_maker(name: str, base: str, params: dict[str, Any]) -> Callable[[int], 
                 f"{key} of environment {name!r} must be an integer of at least 1, got {options[key]!r}; leave it out."
             )
     game, arguments = known[_plain(base)], _ALE_OPTIONS | options
-
+    _check_ale(name, arguments)
     return functools.partial(_make_atari, name, game, arguments)
+
+
+def _check_ale(name: str, arguments: dict[str, Any]) -> None:
+    """Refuses numbers that the emulator takes without a word, and then never returns from a step."""
+    noops, stickiness = arguments.get("noop_max", 30), arguments.get("repeat_action_probability", 0)
+    frames = arguments.get("max_num_frames_per_episode", 108_000)
+    for key, value, is_right, rule in (
+        ("noop_max", noops, isinstance(noops, int) and noops >= 0, "an integer of at least 0"),
+        (
+            "repeat_action_probability",
+            stickiness,
+            isinstance(stickiness, int | float) and 0 <= stickiness <= 1,
+            "in [0, 1]",
+        ),
+        ("max_num_frames_per_episode", frames, frames > 2 * noops, "larger than twice noop_max"),
+    ):
+        if not is_right:
+            raise ValueError(
+                f"{key} of environment {name!r} must be {rule}, got {value!r}; leave it out."
+            )
 
 
 def _make_atari(name: str, game: str, arguments: dict[str, Any], num_envs: int) -> Any:

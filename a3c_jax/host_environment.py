@@ -5,7 +5,9 @@ A `HostEnvironment` describes such an environment, and makes its copies. It has 
 """
 
 import contextlib
+import functools
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from a3c_jax import spaces
 from a3c_jax.autoreset import VectorPlayer
-from a3c_jax.host_state import HostState
+from a3c_jax.host_state import HostState, Live, WatchedPlayer
 
 Array = jax.Array
 
@@ -31,7 +33,7 @@ class HostEnvironment:
     """N copies of an environment that is stepped from Python.
 
     Observations, discrete actions and continuous actions are translated as `GymnaxEnvironment` translates them. 64-bit
-    observations become 32-bit ones; bytes stay bytes.
+    observations become 32-bit ones, of floats if 32 bits cannot hold the space's integers; bytes stay bytes.
 
     Attributes:
       name: for people.
@@ -66,12 +68,18 @@ class HostEnvironment:
 
         Raises:
           TypeError: if it is something else.
-          ValueError: if the spaces are not supported, or if the environment does not say how it begins anew.
+          ValueError: if the spaces are not supported, if the environment does not say how it begins anew, or if
+            `step_seconds` is no positive number.
         """
+        if step_seconds is not None and not _is_positive(step_seconds):
+            raise ValueError(
+                f"step_seconds of environment {name!r} must be a positive number or None, got {step_seconds!r}; use 60.0."
+            )
         self.name, self.action_bounds = name, action_bounds
         self.life_loss, self.step_seconds = life_loss, step_seconds
         self._object = environment if hasattr(environment, "reset") else None
         self._lent = threading.Lock()
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
         self._make = environment
         example = self._object if self._object is not None else environment(1)
         with contextlib.ExitStack() as afterwards:
@@ -84,6 +92,12 @@ class HostEnvironment:
         self.observation_shape = spaces.observation_shape(name, self.observation_space)
         self.continuous = hasattr(self._actions, "low")
         self.num_actions = spaces.num_actions(name, self._actions)
+        self._is_wide = spaces.of_parts(_is_wide, self.observation_space)
+
+    @property
+    def fixed_num_envs(self) -> int | None:
+        """How many copies there are, if the environment was given as an object; None if any number can be made."""
+        return None if self._object is None else int(self._object.num_envs)
 
     def __repr__(self) -> str:
         return f"HostEnvironment({self.name!r})"
@@ -95,11 +109,11 @@ class HostEnvironment:
                 f"environment {self.name!r} was given as one object, which cannot leave its process; give a function "
                 "that makes one."
             )
-        return {name: value for name, value in vars(self).items() if name != "_lent"}
+        return {k: v for k, v in vars(self).items() if k not in ("_lent", "_made")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """For pickle."""
-        vars(self).update(state, _lent=threading.Lock())
+        vars(self).update(state, _lent=threading.Lock(), _made=weakref.WeakSet())
 
     def reset(self, key: Array, num_envs: int) -> tuple[Any, "HostState"]:
         """The state before the first step: no environment is made yet, and the observations are zeros.
@@ -142,11 +156,13 @@ class HostEnvironment:
           entropy: integers that the seeds of all episodes are derived from.
 
         Raises:
-          ValueError: if the environment was given as an object that is in use, or if it has another number of copies.
+          ValueError: if the environment was given as an object that is in use, if the function that makes it gives one
+            again that it has given before, or if it has another number of copies.
         """
         close = None
         if self._object is None:
             made = self._make(num_envs)
+            self._check_is_new(made)
         elif self._lent.acquire(blocking=False):
             made, close = self._object, self._lent.release
         else:
@@ -167,23 +183,38 @@ class HostEnvironment:
             if_it_does_not_fit.pop_all()
         return player
 
+    def _check_is_new(self, made: Any) -> None:
+        with self._lent:
+            if made in self._made:
+                raise ValueError(
+                    f"environment {self.name!r} must be made anew each time, got one that was given before; let the "
+                    "function make it, or give the object itself to one worker."
+                )
+            self._made.add(made)
+
     @contextlib.contextmanager
-    def playing(self, num_envs: int, entropy: Any = ()) -> Iterator[VectorPlayer]:
-        """Makes copies of the environment for a block, and closes them at its end. Takes what `make` takes."""
-        player = self.make(num_envs, entropy)
+    def playing(self, num_envs: int, entropy: Any = ()) -> Iterator[WatchedPlayer]:
+        """Makes copies of the environment for a block, and closes them at its end. Takes what `make` takes.
+
+        Raises:
+          TimeoutError: in the block, from a step or a reset that takes longer than `step_seconds`.
+        """
+        live = Live()
+        make = functools.partial(self.make, num_envs, entropy)
+        live.player = live.call(make, self.name, self.step_seconds)
         try:
-            yield player
+            yield WatchedPlayer(live, self.name, self.step_seconds)
         finally:
-            _close_quietly(player.close)
+            live.close()
 
     def encode(self, observation: Any) -> Any:
         """Observations as the network sees them, arrays `[N, ...]` of at most 32 bits."""
         encoded = spaces.encode(self.observation_space, observation, np)
-        return (
-            _narrow(encoded) if isinstance(encoded, np.ndarray) else jax.tree.map(_narrow, encoded)
-        )
+        if isinstance(encoded, np.ndarray):
+            return _narrow(encoded, self._is_wide)
+        return jax.tree.map(_narrow, encoded, self._is_wide)
 
-    def begin(self, player: VectorPlayer, episode: np.ndarray) -> Any:
+    def begin(self, player: VectorPlayer | WatchedPlayer, episode: np.ndarray) -> Any:
         """Begins the episodes of these numbers, `[N]` int. Returns the first observations, encoded.
 
         Raises:
@@ -207,6 +238,11 @@ class HostEnvironment:
           ValueError: if one is none of the environment's. Some environments hang on it.
         """
         if self.continuous:
+            if np.isnan(action).any():
+                raise ValueError(
+                    f"actions of environment {self.name!r} must be numbers, got a NaN; lower the learning rate, or correct "
+                    "the policy's distribution."
+                )
             fitted = spaces.fit(self._actions, action, self.action_bounds, np)
             is_integer = self._actions.dtype.kind in "iu"
             return (np.rint(fitted) if is_integer else fitted).astype(self._actions.dtype)
@@ -220,7 +256,8 @@ class HostEnvironment:
 
     def observation_example(self) -> Any:
         """The shape and the dtype of one encoded observation, a tree of `jax.ShapeDtypeStruct`."""
-        sample = jax.tree.map(lambda x: np.asarray(x)[None], _zeros(self.observation_space))
+        zeros = spaces.of_parts(_zeros, self.observation_space)
+        sample = jax.tree.map(lambda x: x[None], zeros)
         encoded = self.encode(sample)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), encoded)
 
@@ -249,17 +286,25 @@ def _check_parts(name: str, made: Any) -> None:
         )
 
 
-def _narrow(x: Any) -> np.ndarray:
+def _is_positive(seconds: Any) -> bool:
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0
+
+
+def _is_wide(space: Any) -> bool:
+    """Whether integers of a space need more than 32 bits."""
+    if getattr(space, "dtype", None) not in (np.int64, np.uint64) or not hasattr(space, "low"):
+        return False
+    limits = np.iinfo(np.int32 if space.dtype == np.int64 else np.uint32)
+    return bool((space.low < limits.min).any() or (space.high > limits.max).any())
+
+
+def _narrow(x: Any, is_wide: bool) -> np.ndarray:
     """An array of at most 32 bits."""
     x = np.asarray(x)
-    return x.astype(_NARROW[x.dtype]) if x.dtype in _NARROW else x
+    if x.dtype not in _NARROW:
+        return x
+    return x.astype(np.float32 if is_wide else _NARROW[x.dtype])
 
 
-def _zeros(space: Any) -> Any:
-    """An observation of zeros."""
-    parts = getattr(space, "spaces", None)
-    if parts is None:
-        return np.zeros(space.shape, space.dtype)
-    if hasattr(parts, "items"):
-        return {key: _zeros(part) for key, part in parts.items()}
-    return tuple(map(_zeros, parts))
+def _zeros(space: Any) -> np.ndarray:
+    return np.zeros(space.shape, space.dtype)

@@ -97,6 +97,11 @@ class HostSegment:
             [observation] if is_array else jax.tree.leaves(observation),
             strict=True,
         ):
+            if x.shape != to.shape[1:]:
+                raise ValueError(
+                    f"an environment must show observations of shape {[*to.shape[1:]]} after a step, as after a reset, got "
+                    f"{[*x.shape]}; correct its step."
+                )
             to[self._t] = x
 
     def _tree(self, leaves: list[np.ndarray]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from a3c_jax.autoreset import VectorPlayer
+from a3c_jax.autoreset import Stepped, VectorPlayer
 
 T = TypeVar("T")
 
@@ -73,13 +73,14 @@ class Live:
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._tasks.put((function, done))
         while True:
+            patience = self._patience(step_seconds)
             if self._is_stuck:
                 raise TimeoutError(
                     f"environment {name!r} has not returned from a step for {step_seconds:g} s; if it may take so "
                     "long, make it with a larger step_seconds."
                 )
             try:
-                result, error = done.get(timeout=self._patience(step_seconds))
+                result, error = done.get(timeout=patience)
             except queue.Empty:
                 continue
             if error is not None:
@@ -106,8 +107,44 @@ class Live:
         left = since + step_seconds - time.monotonic()
         if left <= 0 and self._since == since:
             self._is_stuck = True
+            if self.player is not None:
+                self.player.end_processes()
             self.close(wait=False)
         return max(left, 0.001)
+
+
+class WatchedPlayer:
+    """Open environments outside a worker's step. Their steps and resets have a time limit, as a worker's have.
+
+    Args:
+      live: the environments.
+      name: theirs, for the error message.
+      step_seconds: how long a step or reset may take; None sets no limit.
+    """
+
+    def __init__(self, live: Live, name: str, step_seconds: float | None) -> None:
+        assert live.player is not None
+        self._player, self._live = live.player, live
+        self._name, self._step_seconds = name, step_seconds
+
+    def begin(self, episode: np.ndarray) -> Any:
+        """See `VectorPlayer`."""
+        return self._watched(self._player.begin, episode)
+
+    def step(self, action: Any) -> Stepped:
+        """See `VectorPlayer`."""
+        return self._watched(self._player.step, action)
+
+    def render(self) -> np.ndarray:
+        """See `VectorPlayer`."""
+        return self._watched(self._player.render)
+
+    def _watched(self, function: Callable[..., T], *arguments: Any) -> T:
+        def call() -> T:
+            with self._live.watched():
+                return function(*arguments)
+
+        return self._live.call(call, self._name, self._step_seconds)
 
 
 def _work(tasks: "queue.SimpleQueue[Any]") -> None:

@@ -41,7 +41,8 @@ def parse_name(what: str, name: str, example: str) -> Name:
         return Name(module, base, {key: ast.literal_eval(value) for key, value in pairs})
     except (ValueError, SyntaxError) as error:
         raise ValueError(
-            f"the parameters of {what} {name!r} must be numbers, as in {example!r}; {error}."
+            f"the parameters of {what} {name!r} must be numbers, or words in quotes, as in {example!r}, got "
+            f"{query!r}; correct it."
         ) from error
 
 

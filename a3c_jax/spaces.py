@@ -4,7 +4,7 @@ The functions take `xp`, the library to compute with: `jax.numpy` inside a compi
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,6 +53,16 @@ def encode(space: Any, observation: Any, xp: Any = jnp) -> Any:
     )
 
 
+def of_parts(function: Callable[[Any], Any], space: Any) -> Any:
+    """What a function gives for a space; if the space has parts, a dict or tuple of what it gives for each."""
+    parts = _parts(space)
+    if parts is None:
+        return function(space)
+    if isinstance(parts, Mapping):
+        return {key: of_parts(function, part) for key, part in parts.items()}
+    return tuple(of_parts(function, part) for part in parts)
+
+
 def num_actions(name: str, space: Any) -> int | tuple[int, ...]:
     """The `num_actions` of an environment with this action space; see `a3c_jax.protocol.Environment`.
 
@@ -90,7 +100,7 @@ def fit(space: Any, action: Any, action_bounds: str, xp: Any = jnp) -> Any:
     """Real numbers `[N, D]` as the environment's own continuous actions `[N, *shape]`.
 
     -1 and 1 become the lower and the upper bound. What lies beyond is clipped, or everything is squashed by tanh.
-    Without bounds an action is passed on.
+    Without bounds an action is passed on; with one of them, it is clipped there.
 
     Args:
       space: the action space, with `low` and `high`.
@@ -108,7 +118,7 @@ def fit(space: Any, action: Any, action_bounds: str, xp: Any = jnp) -> Any:
         half = xp.where(bounded, high / 2 - low / 2, 1)
     fitted = xp.tanh(action) if action_bounds == "tanh" else xp.clip(action, -1.0, 1.0)
     # Rounding may lead beyond a bound.
-    return xp.where(bounded, xp.clip(middle + half * fitted, low, high), action)
+    return xp.clip(xp.where(bounded, middle + half * fitted, action), low, high)
 
 
 def random_action(environment: Any, key: Array, num_envs: int) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from a3c_jax import environments, greedy_policy, sampled_policy
+from a3c_jax.asynchrony.signals import raise_noted
 from a3c_jax.environments import HostEnvironment
 
 
@@ -17,12 +18,12 @@ def animate(path: Path, result: Any, max_steps: int = 200) -> None:
 
     If the environment cannot be drawn, or if pygame is missing, which many are drawn with, the reason is printed.
     """
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame looks for a sound card otherwise
     if isinstance(result.environment, HostEnvironment):
         _animate_on_host(path, result)
         return
     states, rewards = greedy_episode(result, max_steps)
     states = [getattr(state, "env_state", state) for state in states]  # if actions are sticky
-    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")  # pygame looks for a sound card otherwise
     from gymnax.visualize import Visualizer
 
     environment = result.environment
@@ -62,16 +63,15 @@ def greedy_episode(result: Any, max_steps: int) -> tuple[list[Any], np.ndarray]:
 def _animate_on_host(
     path: Path, result: Any, max_steps: int = 1_000, max_frames: int = 400
 ) -> None:
-    try:
-        frames = _frames_on_host(result, max_steps)
-    except Exception as error:  # the run is complete without it
-        print(f"no GIF: {type(error).__name__}: {error}")
-        return
     from PIL import Image
 
-    every = -(-len(frames) // max_frames)
-    images = [Image.fromarray(frame).quantize(64) for frame in frames[::every]]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=50, loop=0)
+    try:
+        frames = _frames_on_host(result, max_steps)
+        every = -(-len(frames) // max_frames)
+        images = [Image.fromarray(frame).quantize(64) for frame in frames[::every]]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=50, loop=0)
+    except Exception as error:  # the run is complete without it
+        print(f"no GIF: {type(error).__name__}: {error}")
 
 
 def _frames_on_host(result: Any, max_steps: int) -> list[np.ndarray]:
@@ -92,6 +92,7 @@ def _frames_on_host(result: Any, max_steps: int) -> list[np.ndarray]:
         shown_observation, observation = player.begin(first), seen.begin(first)
         carry, ended, step = policy.initialize_carry(1), False, 0
         while not ended and step < max_steps:
+            raise_noted()
             frames.append(shown_observation[0, -1] if is_atari else player.render())
             action, carry = act(
                 result.params,

@@ -23,7 +23,7 @@ class Arguments:
     best: bool = False
     """Evaluate the parameters at the highest mean return instead of the last ones."""
     gif: Path | None = None
-    """Write an episode that the greedy policy plays to this file. It needs an environment that gymnax can draw."""
+    """Write an episode of the policy to this file: greedy, or sampled if the environment is Gymnasium's or Atari's. It needs an environment that can be drawn."""
     cache: Annotated[CompilationCache, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=CompilationCache
     )

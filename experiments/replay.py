@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
         if parsed.until is not None and parsed.until < 1:
             raise ValueError(f"until must be >= 1, got {parsed.until}; use 1 or more.")
         start_with_threads_of(parsed.run)
+        import a3c_jax.environments  # noqa: F401 (which sets the process up, before anything starts JAX)
+
         checkpoint = a3c_jax.find_checkpoint(parsed.run)
         check_objects(checkpoint.objects, name_objects(objects))
         start = None

@@ -312,6 +312,41 @@ def test_a_vector_that_withholds_the_last_observation_is_refused():
         list(play(player, actions_of(6)))
 
 
+def test_a_reset_that_does_not_look_at_its_mask_is_refused():
+    class ResetsAll(Vector):
+        def reset(self, *, seed=None, options=None):
+            return super().reset(seed=seed)
+
+    player = VectorPlayer(ResetsAll(Stairs, N))
+    with pytest.raises(ValueError, match="must leave the environments outside the mask as they"):
+        list(play(player, actions_of(6)))
+
+
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_numbers_of_another_shape_are_refused(index):
+    class Odd(Vector):
+        def step(self, actions):
+            results = list(super().step(actions))
+            results[index] = results[index][:, None]
+            return results
+
+    player = VectorPlayer(Odd(Stairs, N))
+    player.begin(np.zeros(N, np.int32))
+    with pytest.raises(ValueError, match=rf"of shape \[{N}\], got .*\[{N}, 1\]"):
+        player.step(np.zeros(N, np.int64))
+
+
+def test_infos_in_another_form_are_not_looked_at():
+    class Lists(Vector):
+        def reset(self, **options):
+            return super().reset(**options)[0], []
+
+        def step(self, actions):
+            return *super().step(actions)[:4], []
+
+    assert len(list(play(VectorPlayer(Lists(Stairs, N)), actions_of(3)))) > 3
+
+
 @pytest.mark.parametrize("form", ["dense", "objects"])
 def test_a_wrapper_that_leaves_the_last_observation_as_it_was_is_refused(form):
     class Stacks(Vector):

@@ -34,9 +34,9 @@ def test_a_module_that_registers_an_environment_is_imported_first(tmp_path, monk
     monkeypatch.syspath_prepend(tmp_path)
     environment = make("gymnasium:my_wagons:Wagon-v0")
     assert environment.observation_shape == (4,)
-    with environment.playing(2) as player:
-        player.begin(np.zeros(2, np.int32))
-        assert player.can_put_back
+    player = environment.make(2)
+    assert player.can_put_back
+    player.close()
     with pytest.raises(ValueError, match="names the module 'no_wagons', which cannot be imported"):
         make("gymnasium:no_wagons:Wagon-v0")
 
@@ -66,7 +66,11 @@ def test_parameters_reach_the_environment():
         ("CartPole-v7", r"version `v7` for environment `CartPole` doesn't exist"),
         ("CartPole-v1?wheels=3", r"unexpected keyword argument 'wheels'"),
         ("CartPole-v1?vectorization_mode='odd'", r"cannot be made .*vectorization mode: 'odd'"),
-        ("CartPole-v1?wheels=round", r"must be numbers, as in 'gymnasium:LunarLander"),
+        (
+            "CartPole-v1?wheels=round",
+            r"must be numbers, or words in quotes, as in 'gymnasium:LunarLander.*got 'wheels=round'",
+        ),
+        ("FrozenLake-v1?map_name='9x9'", r"cannot be made by gymnasium.make_vec: '9x9'"),
         ("", r"'gymnasium:' cannot be made by gymnasium.make_vec"),
         ("Taxi-v3", r"deprecated"),
     ],

@@ -35,9 +35,10 @@ from a3c_jax import (
     find_checkpoint,
     random_policy,
 )
+from a3c_jax.asynchrony.signals import noted_signals
 from a3c_jax.autoreset import VectorPlayer
 from a3c_jax.environments import HostEnvironment, adapt
-from a3c_jax.host_state import Live
+from a3c_jax.host_state import Live, WatchedPlayer
 
 
 class Game(Factory):
@@ -254,6 +255,46 @@ def test_a_state_whose_environments_hung_is_of_no_use_any_more_but_a_copy_of_it_
         built.release([state, copy, another])
 
 
+@pytest.mark.parametrize("method", ["step", "reset"])
+def test_an_environment_that_hangs_in_an_evaluation_is_given_up(method):
+    hang, policy = Hang(), random_policy(IMPATIENT)
+    GAME.fault = (method, hang, "all", 0)
+    try:
+        with pytest.raises(TimeoutError, match="'Stairs' has not returned from a step for 0.3 s"):
+            evaluate(policy, None, IMPATIENT, jax.random.key(0), 3)
+    finally:
+        hang.may.set()
+
+
+def test_an_interrupt_ends_an_evaluation_at_its_next_step():
+    with noted_signals() as noted:
+        interrupt = lambda step, *arguments: (noted.append(2), step(*arguments))[1]  # noqa: E731
+        GAME.fault = ("step", interrupt, "all", 1)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(random_policy(ENVIRONMENT), None, ENVIRONMENT, jax.random.key(0), 3)
+        assert noted == [2]
+
+
+def test_processes_that_hang_are_ended():
+    ended = []
+
+    class Process:
+        def terminate(self):
+            ended.append("terminated")
+            hang.may.set()
+
+    hang = Hang()
+    player = VectorPlayer(make_vector("sync", "Disabled", Stairs, 2))
+    player._innermost.processes = [Process()]
+    live = Live()
+    live.player = player
+    watched = WatchedPlayer(live, "Stairs", 0.1)
+    player.step = lambda action: hang(lambda: None)
+    with pytest.raises(TimeoutError):
+        watched.step(None)
+    assert ended[0] == "terminated"
+
+
 def test_without_a_limit_a_step_may_take_its_time():
     endless = HostEnvironment("Stairs", GAME, step_seconds=None)
     built = program(small(), endless)
@@ -302,7 +343,7 @@ def test_another_number_of_environments_is_refused():
         (gymnasium.make("CartPole-v1"), r"got TimeLimit, whose observation_space is no method, .*make_vec"),
         (lambda num_envs: gymnasium.make("CartPole-v1"), "got TimeLimit without num_envs, single_obs.*use gymnasium"),
         (lambda num_envs: None, "got NoneType without reset, step, num_envs"),
-        (gymnasium.vector.SyncVectorEnv, "got type without"),
+        (gymnasium.vector.SyncVectorEnv, "got the class SyncVectorEnv; make an object of it"),
         (lambda: gymnasium.make_vec("CartPole-v1", 2), "takes 0 positional arguments"),
         (3, "got int without reset"),
     ],

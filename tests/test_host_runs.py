@@ -317,13 +317,21 @@ def test_an_object_plays_for_one_worker_again_and_again_and_stays_open():
     assert not closed
     environment = first.environment
     policy = greedy_policy(first.network)
-    assert len(evaluate(policy, first.params, environment, first.evaluation_key, 2).returns) == 2
-    with pytest.raises(
-        ValueError, match="must be made with the number of copies that is asked for, 3, got 2"
-    ):
-        evaluate(policy, first.params, environment, first.evaluation_key, 3)
+    two, three = (
+        evaluate(policy, first.params, environment, first.evaluation_key, n).returns for n in (2, 3)
+    )
+    assert len(three) == 3
+    np.testing.assert_array_equal(three[:2], two)
     assert_equal_runs(a3c_jax.train(built), first)  # it was given back
     vector.reset(seed=0)
+
+
+def test_a_function_that_gives_one_object_twice_is_refused():
+    vector = make_vector("sync", "Disabled", Stairs, 2)
+    with pytest.raises(ValueError, match="must be made anew each time, got one that was given"):
+        make = HostEnvironment("Stairs", lambda num_envs: vector).make
+        make(2)
+        make(2)
 
 
 def test_an_object_in_use_is_refused_elsewhere():

@@ -304,7 +304,9 @@ def await_updates(process, run_dir, updates=1):
 
 
 def replayed(run_dir):
-    return finish(start("-m", "experiments.replay", str(run_dir)))
+    code, output, errors = finish(start("-m", "experiments.replay", str(run_dir)))
+    assert "Warning" not in errors
+    return code, output, errors
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT cannot be sent to a process on Windows")

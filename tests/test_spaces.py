@@ -265,8 +265,8 @@ def test_real_numbers_become_actions_within_their_bounds(name, action_bounds):
     numbers = np.repeat(extreme[:, None], size, axis=1)
     decoded = environment.decode(numbers)
     assert decoded.shape == (len(extreme), *space.shape) and decoded.dtype == space.dtype
-    if name == "half":
-        np.testing.assert_array_equal(decoded, numbers)  # as there is no scale, it is passed on
+    if name == "half":  # as there is no scale, it is passed on, and clipped where there is a bound
+        np.testing.assert_array_equal(decoded, np.clip(numbers, space.low, space.high))
         return
     steps = vector(action_space=space, num_envs=len(extreme))
     steps.reset(seed=0)
@@ -363,3 +363,33 @@ def test_a_policy_of_one_s_own_with_an_action_out_of_range_is_told_so():
     with pytest.raises(ValueError, match=r"at least 0 and less than 2, got .*2"):
         list(worker.segments(10))
     assert time.monotonic() - began < 60
+
+
+def test_actions_that_are_no_numbers_are_refused():
+    environment = host(action_space=BOXES["unit"])
+    with pytest.raises(
+        ValueError, match="actions of environment 'Shows' must be numbers, got a NaN"
+    ):
+        environment.decode(np.float32([[0.0, np.nan]]))
+
+
+@pytest.mark.parametrize(
+    ("space", "dtype"),
+    [
+        (spaces.Box(-(2**31), 2**31 - 1, (2,), np.int64), np.int32),
+        (spaces.Box(0, 2**31, (2,), np.int64), np.float32),
+        (spaces.Box(0, 2**32 - 1, (2,), np.uint64), np.uint32),
+        (spaces.Box(0, 2**32, (2,), np.uint64), np.float32),
+    ],
+)
+def test_large_integers_do_not_wrap_around(space, dtype):
+    environment = host(spaces.Dict({"a": space, "b": spaces.Discrete(2)}))
+    seen = environment.encode({"a": np.stack([space.low, space.high]), "b": np.array([0, 1])})["a"]
+    assert seen.dtype == dtype == environment.observation_example()["a"].dtype
+    np.testing.assert_array_equal(seen, np.stack([space.low, space.high]).astype(dtype))
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, "a", True, np.nan])
+def test_a_limit_of_a_step_must_be_a_positive_number(seconds):
+    with pytest.raises(ValueError, match="step_seconds of environment 'Shows' must be a positive"):
+        host(step_seconds=seconds)

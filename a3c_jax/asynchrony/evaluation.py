@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from a3c_jax.asynchrony.signals import raise_noted
 from a3c_jax.environments import Environment
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.networks import network_functions
@@ -178,16 +179,20 @@ def _run_episodes_on_host(
     policy: Policy, environment: HostEnvironment, num_episodes: int, params: Any, key: Array
 ) -> Evaluation:
     """The returns and lengths of the first episodes, a few environments at a time."""
-    returns, lengths = np.zeros(num_episodes, np.float32), np.zeros(num_episodes, np.int32)
+    fixed = environment.fixed_num_envs
+    at_a_time = fixed or _ON_HOST_AT_A_TIME
+    space = -(-num_episodes // at_a_time) * at_a_time if fixed else num_episodes
+    returns, lengths = np.zeros(space, np.float32), np.zeros(space, np.int32)
     act = jax.jit(policy.act)
-    for first in range(0, num_episodes, _ON_HOST_AT_A_TIME):
-        group = slice(first, min(num_episodes, first + _ON_HOST_AT_A_TIME))
+    for first in range(0, space, at_a_time):
+        group = slice(first, min(space, first + at_a_time))
         num_envs = group.stop - first
         key, seed_key, action_key = jax.random.split(key, 3)
         with environment.playing(num_envs, jax.random.key_data(seed_key)) as player:
             observation = environment.begin(player, np.zeros(num_envs, np.int32))
             carry, running, step = policy.initialize_carry(num_envs), np.ones(num_envs, bool), 0
             while running.any():
+                raise_noted()
                 step_key = jax.random.fold_in(action_key, step)
                 action, carry = act(params, step_key, observation, carry)
                 stepped = player.step(environment.decode(np.asarray(action)))
@@ -195,4 +200,4 @@ def _run_episodes_on_host(
                 lengths[group] += running
                 running &= ~(stepped.terminated | stepped.truncated)
                 observation, step = environment.encode(stepped.observation), step + 1
-    return Evaluation(returns, lengths)
+    return Evaluation(returns[:num_episodes], lengths[:num_episodes])
