@@ -120,8 +120,8 @@ class Atari(nn.Module):
     The first convolution has 16 channels, kernels of 8x8 and stride 4, the second one 32 channels, kernels of 4x4
     and stride 2. The paper has one dense layer, of 256 units, and relu.
 
-    Before the first layer, each observation is standardised by its own mean and standard deviation (see
-    `standardize_images`). The paper does not say how it scales pixels.
+    Before the first layer, pixels are scaled to [0, 1], and each image's background is subtracted
+    (`subtract_background`). The paper does not say how it scales pixels.
 
     Attributes:
       hidden_sizes: width of each dense layer.
@@ -153,7 +153,7 @@ class Atari(nn.Module):
         ]
 
         def convolutions(images: Array) -> Array:
-            x = jnp.moveaxis(standardize_images(images), 1, -1)
+            x = jnp.moveaxis(subtract_background(images), 1, -1)
             for (kernel, bias), stride in layers:
                 x = self.activation(_compiled.convolve(x, kernel, stride) + bias)
             return x.reshape(len(x), -1)
@@ -164,23 +164,23 @@ class Atari(nn.Module):
         return x
 
 
-def standardize_images(images: Array) -> Array:
-    """Subtracts from each image its mean, and divides it by its standard deviation, over all its pixels and frames.
+def subtract_background(images: Array) -> Array:
+    """Scales bytes to [0, 1], and subtracts from each image the brightness of its background.
 
-    So what a network sees does not depend on the brightness of a game's background, which most pixels show.
+    The background is the median of every fourth pixel, in both directions, of an image's last frame. Most pixels show it, and
+    what they show says nothing. But it would move each unit of the first layer by as much, and the first steps of an
+    optimizer, which all point the same way, could switch units off for good.
 
     Args:
-      images: `[B, ...]` of any dtype.
+      images: `[B, frames, height, width]` of integers up to 255, or of floats, which are not scaled.
 
     Returns:
-      `[B, ...]` float32. An image of one colour becomes zero. The standard deviation is taken as at least about that of an
-      image of whole numbers whose pixels are all alike but one, which differs by 1.
+      `[B, frames, height, width]` float32. An image of one colour becomes zero.
     """
-    x = images.astype(jnp.float32)
-    axes = tuple(range(1, x.ndim))
-    centered = x - jnp.mean(x, axis=axes, keepdims=True)
-    variance = jnp.mean(jnp.square(centered), axis=axes, keepdims=True)
-    return centered / jnp.sqrt(jnp.maximum(variance, 1.0 / math.prod(x.shape[1:])))
+    scale = 1 / 255 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0
+    x = images.astype(jnp.float32) * scale
+    background = jnp.median(x[:, -1, ::4, ::4], axis=(1, 2))
+    return x - background[:, None, None, None]
 
 
 class Trunk(nn.Module):

@@ -27,6 +27,7 @@ def settings(environment: str) -> A3CConfig:
         shared_torso=True,
         reward_clip=1.0,
         optimizer="shared_rmsprop",
+        rmsprop_epsilon=1e-8,
         learning_rate=7e-4,
         learning_rate_schedule="linear",
         max_steps=10_000_000,

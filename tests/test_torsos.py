@@ -10,7 +10,7 @@ import pytest
 from a3c_jax import A3CConfig, train
 from a3c_jax.networks import ActorCritic
 from a3c_jax.protocol import Transition
-from a3c_jax.torsos import Atari, Conv, Trunk, choose_torso, standardize_images
+from a3c_jax.torsos import Atari, Conv, Trunk, choose_torso, subtract_background
 
 INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
@@ -23,7 +23,7 @@ class PlainAtari(nn.Module):
     @nn.compact
     def __call__(self, observation):
         batch, frames = observation.shape[:-3], observation.shape[-3:]
-        x = jnp.moveaxis(standardize_images(observation.reshape(-1, *frames)), 1, -1)
+        x = jnp.moveaxis(subtract_background(observation.reshape(-1, *frames)), 1, -1)
         x = nn.relu(nn.Conv(16, (8, 8), (4, 4), padding="VALID", kernel_init=INIT)(x))
         x = nn.relu(nn.Conv(32, (4, 4), (2, 2), padding="VALID", kernel_init=INIT)(x))
         x = x.reshape(*batch, -1)
@@ -168,31 +168,36 @@ def test_the_actor_critic_unrolls_it_as_the_plain_one(core, shared):
     )
 
 
-# Standardisation.
+# The background.
 
 
-def test_each_image_gets_mean_zero_and_standard_deviation_one_over_all_its_frames():
-    images = frames(3, 4, 7, 9)
-    x = np.asarray(images, np.float64)
-    mean, scale = (f(x, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.std))
-    np.testing.assert_allclose(standardize_images(images), (x - mean) / scale, rtol=1e-4, atol=1e-5)
+def test_bytes_are_scaled_and_the_median_of_every_fourth_pixel_of_the_last_frame_is_subtracted():
+    images = frames(3, 4, 9, 13)
+    expected = np.float64(images) / 255
+    expected -= [[[[np.median(image[3, ::4, ::4])]]] for image in expected]
+    np.testing.assert_allclose(subtract_background(images), expected, atol=1e-6)
 
 
-def test_brightness_and_contrast_do_not_matter():
-    images = frames(2, 4, 8, 8) // 4
+def test_the_brightness_of_the_background_does_not_matter():
+    images = frames(2, 4, 8, 8) // 2
     chex.assert_trees_all_close(
-        standardize_images(3 * images + 50), standardize_images(images), rtol=1e-4, atol=1e-5
+        subtract_background(images + 50), subtract_background(images), atol=1e-6
     )
 
 
-def test_an_image_of_one_colour_becomes_zero_and_the_faintest_dot_stays_finite():
+def test_an_image_of_one_colour_becomes_zero_and_what_stands_before_it_stays_as_it_is():
     images = np.full((2, 4, 8, 8), 87, np.uint8)
-    images[1, 0, 0, 0] += 1
-    plain, dot = standardize_images(jnp.asarray(images))
+    images[1, :, 3, 2] = 236
+    plain, ball = subtract_background(jnp.asarray(images))
     chex.assert_trees_all_equal(plain, jnp.zeros((4, 8, 8)))
-    # One of 256 pixels is 1 brighter: the mean is 87 + 1 / 256, and the scale 1 / 16.
-    np.testing.assert_allclose(dot[0, 0, 0], (1 - 1 / 256) * 16, rtol=1e-5)
-    np.testing.assert_allclose(dot[1:], -1 / 16, rtol=1e-4)
+    np.testing.assert_allclose(ball[:, 3, 2], (236 - 87) / 255, rtol=1e-5)
+    assert np.count_nonzero(ball) == 4
+
+
+def test_floats_are_not_scaled():
+    images = jnp.full((1, 2, 8, 8), 0.25).at[0, 0, 0, 0].set(1.0)
+    found = subtract_background(images)
+    assert found[0, 0, 0, 0] == 0.75 and jnp.count_nonzero(found) == 1
 
 
 # Which torso is chosen, and what is refused.

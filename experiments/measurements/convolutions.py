@@ -76,7 +76,7 @@ class Whole(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        x = jnp.moveaxis(torsos.standardize_images(x), 1, -1)
+        x = jnp.moveaxis(torsos.subtract_background(x), 1, -1)
         for n, (features, size, stride) in enumerate(((16, 8, 4), (32, 4, 2))):
             parameters = torsos.ConvolutionParameters(features, size, name=f"Conv_{n}")
             kernel, bias = parameters(x.shape[-1])
