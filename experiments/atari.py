@@ -3,20 +3,18 @@
 It needs ale-py: `pip install -e '.[atari]'`. The games and the network are as in the paper: four frames a step, the last
 four steps as gray images of 84x84, up to 30 no-ops at the start, rewards clipped for learning, two convolutions and a
 dense layer that actor and critic share. Where the settings depart from the paper's, docs/real-environments.md says why.
-Reported returns are the games' own scores. One step is four frames. Pong's preset has images of 42x42.
+Reported returns are the games' own scores. One step is four frames.
 
 `--core lstm` adds the paper's LSTM. `--environment "ale:breakout?life_loss=True&repeat_action_probability=0.25"` takes sticky
 actions, and `--environment "ale:qbert?size=42"` small images.
 """
-
-import dataclasses
 
 from a3c_jax.config import A3CConfig
 from experiments.command_line import main
 
 
 def settings(environment: str) -> A3CConfig:
-    """The paper's settings, the same for every game, but for the number of environments."""
+    """The paper's settings, the same for every game, but for the number of environments and RMSProp's epsilon."""
     return A3CConfig(
         environment=environment,
         envs_per_worker=16,
@@ -36,14 +34,7 @@ def settings(environment: str) -> A3CConfig:
 
 
 PRESETS = {
-    "pong": dataclasses.replace(
-        settings("ale:pong?size=42"),
-        envs_per_worker=8,
-        t_max=20,
-        gae_lambda=0.95,
-        entropy_cost=0.001,
-        optimizer="adam",
-    ),
+    "pong": settings("ale:pong"),
     "breakout": settings("ale:breakout?life_loss=True"),
     "beam-rider": settings("ale:beam_rider?life_loss=True"),
     "qbert": settings("ale:qbert?life_loss=True"),

@@ -241,8 +241,8 @@ def test_parameters_follow_a_name():
             "CartPole-v1?mass=3",
             r"'CartPole-v1\?mass=3' has the parameters .*gravity.*, got mass; use",
         ),
-        ("CartPole-v1?gravity=heavy", r"must be numbers, as in"),
-        ("CartPole-v1?gravity", r"must be numbers, as in"),
+        ("CartPole-v1?gravity=heavy", r"must be numbers, or words in quotes, as in"),
+        ("CartPole-v1?gravity", r"must be numbers, or words in quotes, as in"),
         ("CartPol-v1?gravity=3", r"got 'CartPol-v1\?gravity=3'; did you mean .*CartPole-v1"),
     ],
 )

@@ -179,7 +179,7 @@ def draw(paths: Sequence[Path], games: Sequence[Played], logs: "dict[str, Episod
 
     columns = min(3, len(games))
     rows = -(-len(games) // columns)
-    with drawing(paths, rows, columns, (2.4 * columns, 0.4 + 1.9 * rows)) as (figure, panels):
+    with drawing(paths, rows, columns, (2.4 * columns, 0.8 + 1.9 * rows)) as (figure, panels):
         for axes, played in zip(panels.flat, games, strict=False):
             log, other = logs[played.game], ELSEWHERE[played.game]
             every = -(-len(log.episode_return) // 2_000) or 1
@@ -210,7 +210,12 @@ def draw(paths: Sequence[Path], games: Sequence[Played], logs: "dict[str, Episod
         for axes in list(panels.flat)[max(0, len(games) - columns) : len(games)]:
             axes.set_xlabel("million frames")
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        legend = {
+            "loc": "outside lower center",
+            "ncols": 2 if columns == 3 else 1,
+            "frameon": False,
+        }
+        figure.legend(handles, labels, **legend)
 
 
 if __name__ == "__main__":
