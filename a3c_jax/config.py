@@ -206,6 +206,9 @@ OPTIMIZER_FIELDS = (
 )  # fmt: skip
 """The fields that describe the optimizer. The worker step does not depend on them."""
 
+BUILT_IN_OPTIMIZER_FIELDS = tuple(name for name in OPTIMIZER_FIELDS if name != "learning_rate")
+"""Those that only the built-in optimizers read. One of your own may be a function of the learning rate."""
+
 _RUN_FIELDS = (
     "seed", "num_workers", "max_steps", "max_episodes", "solved_return", "solved_window",
     "max_concurrent_workers", "nonfinite",

@@ -10,7 +10,8 @@ from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.names import import_named, parse_name
 
 _OWN_OPTIONS = ("life_loss", "step_seconds")
-_ALE_SIZES = {"img_height", "img_width", "stack_num", "frameskip", "max_num_frames_per_episode"}
+_ALE_SIZES = ("img_height", "img_width", "stack_num", "frameskip", "max_num_frames_per_episode")
+_ALE_LEAST = dict.fromkeys(_ALE_SIZES, 1) | {"noop_max": 0}
 _ALE_OPTIONS: dict[str, Any] = {
     "reward_clipping": False,
     "num_threads": 1,
@@ -111,34 +112,30 @@ def _ale_maker(name: str, module: str, base: str, params: dict[str, Any]) -> Cal
             f"environment {name!r} takes size, life_loss, step_seconds, {', '.join(sorted(accepted))}, got "
             f"{', '.join(unknown)}; leave it out."
         )
-    for key in _ALE_SIZES & {*options}:
-        if not isinstance(options[key], int) or options[key] < 1:  # the emulator may crash
-            raise ValueError(
-                f"{key} of environment {name!r} must be an integer of at least 1, got {options[key]!r}; leave it out."
-            )
     game, arguments = known[_plain(base)], _ALE_OPTIONS | options
     _check_ale(name, arguments)
     return functools.partial(_make_atari, name, game, arguments)
 
 
 def _check_ale(name: str, arguments: dict[str, Any]) -> None:
-    """Refuses numbers that the emulator takes without a word, and then never returns from a step."""
-    noops, stickiness = arguments.get("noop_max", 30), arguments.get("repeat_action_probability", 0)
-    frames = arguments.get("max_num_frames_per_episode", 108_000)
-    for key, value, is_right, rule in (
-        ("noop_max", noops, isinstance(noops, int) and noops >= 0, "an integer of at least 0"),
-        (
-            "repeat_action_probability",
-            stickiness,
-            isinstance(stickiness, int | float) and 0 <= stickiness <= 1,
-            "in [0, 1]",
-        ),
-        ("max_num_frames_per_episode", frames, frames > 2 * noops, "larger than twice noop_max"),
-    ):
+    """Refuses numbers at which the emulator crashes, or never returns from a step."""
+
+    def check(key: str, value: Any, is_right: bool, rule: str) -> None:
         if not is_right:
             raise ValueError(
                 f"{key} of environment {name!r} must be {rule}, got {value!r}; leave it out."
             )
+
+    for key, least in _ALE_LEAST.items():
+        value = arguments.get(key, least)
+        is_right = isinstance(value, int) and value >= least
+        check(key, value, is_right, f"an integer of at least {least}")
+    value = arguments.get("repeat_action_probability", 0)
+    is_right = isinstance(value, int | float) and 0 <= value <= 1
+    check("repeat_action_probability", value, is_right, "in [0, 1]")
+    value = arguments.get("max_num_frames_per_episode", 108_000)
+    is_right = value > 2 * arguments.get("noop_max", 30)
+    check("max_num_frames_per_episode", value, is_right, "larger than twice noop_max")
 
 
 def _make_atari(name: str, game: str, arguments: dict[str, Any], num_envs: int) -> Any:

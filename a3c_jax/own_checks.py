@@ -1,6 +1,6 @@
 """Refuses an algorithm, a loss or an optimizer of your own that cannot work, before anything is compiled."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from a3c_jax.algorithm import Algorithm, MakeAlgorithm
-from a3c_jax.config import LOSS_FIELDS, OPTIMIZER_FIELDS, A3CConfig, default_of
+from a3c_jax.config import (
+    BUILT_IN_OPTIMIZER_FIELDS,
+    LOSS_FIELDS,
+    OPTIMIZER_FIELDS,
+    A3CConfig,
+    default_of,
+)
 
 TAKEN = (
     *("seconds", "environment_steps", "episodes", "updates", "steps_per_second", "mean_return"),
@@ -59,26 +65,23 @@ def check_loss(config: A3CConfig, loss: Any) -> None:
 
 
 def check_settings(
-    config: A3CConfig, names: Iterable[str], loss: Any = None, optimizer: Any = None
+    config: A3CConfig, names: Collection[str], loss: Any = None, optimizer: Any = None
 ) -> None:
     """Checks that settings of a simulation have an effect beside a loss or an optimizer of one's own.
 
     Raises:
       ValueError: if one has none.
     """
-    unread = {
-        "loss": () if loss is None else _loss_fields(config),
-        "optimizer": ()
-        if optimizer is None
-        else [f for f in OPTIMIZER_FIELDS if f != "learning_rate"],
-    }
-    for name in names:
-        for what, fields in unread.items():
-            if name in fields:
-                raise ValueError(
-                    f"A3CConfig.{name} belongs to the built-in {what} and must not be a setting beside {what}=..., which does "
-                    "not read it; leave it out."
-                )
+    for what, given, fields in (
+        ("loss", loss, _loss_fields(config)),
+        ("optimizer", optimizer, BUILT_IN_OPTIMIZER_FIELDS),
+    ):
+        unread = [name for name in names if given is not None and name in fields]
+        if unread:
+            raise ValueError(
+                f"A3CConfig.{unread[0]} belongs to the built-in {what} and must not be a setting beside {what}=..., which does "
+                "not read it; leave it out."
+            )
 
 
 def _loss_fields(config: A3CConfig) -> Sequence[str]:
@@ -136,7 +139,7 @@ def checked_optimizer(
             "optimizer must be an optax transformation, or a function that makes one of the learning rate, "
             f"got {made!r}; give optax.adam(1e-3), for instance."
         )
-    fields = [f for f in OPTIMIZER_FIELDS if not is_function or f != "learning_rate"]
+    fields = BUILT_IN_OPTIMIZER_FIELDS if is_function else OPTIMIZER_FIELDS
     _check_defaults(config, fields, "optimizer", "build it into your optimizer")
 
     def make(config: A3CConfig, learning_rate: Any) -> optax.GradientTransformation:

@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None, **objects: Any) -> None:
         if parsed.until is not None and parsed.until < 1:
             raise ValueError(f"until must be >= 1, got {parsed.until}; use 1 or more.")
         start_with_threads_of(parsed.run)
-        import a3c_jax.environments  # noqa: F401 (which sets the process up, before anything starts JAX)
+        # It registers its environments, and sets the process up before anything starts JAX.
+        from experiments import tasks  # noqa: F401
 
         checkpoint = a3c_jax.find_checkpoint(parsed.run)
         check_objects(checkpoint.objects, name_objects(objects))
@@ -112,8 +113,6 @@ def _compare_versions(checkpoint: Any) -> None:
 def _replay(checkpoint: Any, schedule: Any, objects: Any, **options: Any) -> Any:
     """Repeats the updates of a schedule, with a progress bar."""
     from tqdm import tqdm
-
-    from experiments import tasks  # noqa: F401 (registers its environments)
 
     on_update = options.pop("on_update", None)
     with tqdm(total=len(schedule.worker[: options.get("until")]), unit=" updates") as bar:

@@ -215,16 +215,24 @@ def test_a_life_is_lost_where_there_are_fewer_and_the_episode_goes_on():
     assert lost == [[False, False], [False, True], [True, True], [False, False]]
 
 
-def test_an_episode_s_end_is_not_a_lost_life_and_a_new_game_has_not_lost_one():
-    player = VectorPlayer(Lives(Stairs, N), life_loss=True)
+def lives_of(kind):
+    """The lives that were lost in each step, those that should have been, and where a game has begun."""
+    player = VectorPlayer(kind(Stairs, N), life_loss=True)
     player.begin(np.zeros(N, np.int32))
-    first, lost = np.ones(N, bool), 0
+    first = np.ones(N, bool)
     for action in actions_of(4):
         stepped = player.step(action)
         ended = stepped.terminated | stepped.truncated
+        yield stepped.life_lost, (action == 2) & ~ended, first
+        first = ended
+
+
+def test_an_episode_s_end_is_not_a_lost_life_and_a_new_game_has_not_lost_one():
+    lost = 0
+    for found, expected, first in lives_of(Lives):
         # This one does not say with how many lives a game begins.
-        np.testing.assert_array_equal(stepped.life_lost, (action == 2) & ~ended & ~first)
-        first, lost = ended, lost + stepped.life_lost.sum()
+        np.testing.assert_array_equal(found, expected & ~first)
+        lost += found.sum()
     assert lost > 10
 
 
@@ -237,14 +245,10 @@ class SaysLives(Lives):
 
 
 def test_a_life_lost_in_the_first_step_is_seen_if_reset_says_how_many_there_are():
-    player = VectorPlayer(SaysLives(Stairs, N), life_loss=True)
-    player.begin(np.zeros(N, np.int32))
-    first, lost = np.ones(N, bool), 0
-    for action in actions_of(4):
-        stepped = player.step(action)
-        ended = stepped.terminated | stepped.truncated
-        np.testing.assert_array_equal(stepped.life_lost, (action == 2) & ~ended)
-        first, lost = ended, lost + (stepped.life_lost & first).sum()
+    lost = 0
+    for found, expected, first in lives_of(SaysLives):
+        np.testing.assert_array_equal(found, expected)
+        lost += (found & first).sum()
     assert lost > 5
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from faults import no_file_larger_than
 
+from a3c_jax import own_checks
 from a3c_jax.asynchrony.json_lines import JsonLines
 from a3c_jax.asynchrony.metrics import Counters, ProgressBar, Report, Totals
 from a3c_jax.asynchrony.parameters import Snapshot, Update
@@ -53,6 +54,12 @@ def take_rows(counters, **options):
 def take_row(counters):
     ((row, _),) = take_rows(counters)
     return row
+
+
+def test_no_loss_may_call_a_metric_like_what_every_row_has():
+    counters = Counters(steps_per_update=40, window=10)
+    count(counters, [], gradient_norm=np.float32(1.0))  # which is added to what the loss reports
+    assert set(take_row(counters)) == set(own_checks.TAKEN)
 
 
 def test_totals_are_exact():

@@ -181,11 +181,12 @@ def _run_episodes_on_host(
     """The returns and lengths of the first episodes, a few environments at a time."""
     fixed = environment.fixed_num_envs
     at_a_time = fixed or _ON_HOST_AT_A_TIME
-    space = -(-num_episodes // at_a_time) * at_a_time if fixed else num_episodes
-    returns, lengths = np.zeros(space, np.float32), np.zeros(space, np.int32)
+    # An environment that was given as an object always plays as many episodes as it has copies.
+    played = -(-num_episodes // fixed) * fixed if fixed else num_episodes
+    returns, lengths = np.zeros(played, np.float32), np.zeros(played, np.int32)
     act = jax.jit(policy.act)
-    for first in range(0, space, at_a_time):
-        group = slice(first, min(space, first + at_a_time))
+    for first in range(0, played, at_a_time):
+        group = slice(first, min(played, first + at_a_time))
         num_envs = group.stop - first
         key, seed_key, action_key = jax.random.split(key, 3)
         with environment.playing(num_envs, jax.random.key_data(seed_key)) as player:

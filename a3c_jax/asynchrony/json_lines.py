@@ -42,16 +42,18 @@ class JsonLines:
         self._num_lost, self._warned = 0, False
 
     def write(self, row: Row, episodes: EpisodeLog) -> None:
-        (last, self._last_updates), updates = (self._last_updates, None), row.get("updates", np.inf)
-        if last is not None and updates == last:
-            return
-        if last is not None and updates < last:
-            warnings.warn(
-                f"{self._path} holds rows up to update {last:,.0f}, and now gets one of update {updates:,.0f}: it has rows of two "
-                "runs; give each run a file of its own.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        if self._last_updates is not None:
+            last, self._last_updates = self._last_updates, None
+            updates = row.get("updates", np.inf)
+            if updates == last:
+                return
+            if updates < last:
+                warnings.warn(
+                    f"{self._path} holds rows up to update {last:,.0f}, and now gets one of update {updates:,.0f}: it has "
+                    "rows of two runs; give each run a file of its own.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
         values = {k: v if np.isfinite(v) else None for k, v in row.items()}
         self._num_lost += len(self._waiting) == _MAX_WAITING
         self._waiting.append((json.dumps(values) + "\n").encode())

@@ -109,9 +109,8 @@ class SharedParameters:
         self._skipped = 0
         self.log = make_schedule_log()
         self._in_flight: dict[int, Snapshot] = {}
-        self._lock = (
-            threading.RLock()
-        )  # because a block that is part of an update may use the store
+        # A block that is part of an update holds the lock, and may use the store.
+        self._lock = threading.RLock()
         # One tuple, replaced as a whole, so that it can be read without the lock.
         self._current: tuple[Snapshot, Any] = (Snapshot(params, 0), optimizer.init(params))
 

@@ -13,7 +13,7 @@ from a3c_jax import _compiled
 from a3c_jax.asynchrony.objects import name_objects
 from a3c_jax.blueprint import Blueprint, describe, make_parts
 from a3c_jax.config import (
-    OPTIMIZER_FIELDS,
+    BUILT_IN_OPTIMIZER_FIELDS,
     A3CConfig,
     changes_needing_compilation,
     is_same_optimizer,
@@ -81,9 +81,9 @@ class Program:
         config = dataclasses.replace(self.config, **changes)
         refused = list(changes_needing_compilation(self.config, config))
         same_optimizer = is_same_optimizer(self.config, config)
-        if "optimizer" in self.objects:  # which may be a function of the learning rate
-            own = [name for name in OPTIMIZER_FIELDS if name != "learning_rate"]
-            refused += [name for name in own if getattr(config, name) != getattr(self.config, name)]
+        if "optimizer" in self.objects:
+            fields = BUILT_IN_OPTIMIZER_FIELDS
+            refused += [f for f in fields if getattr(config, f) != getattr(self.config, f)]
         if refused:
             raise ValueError(
                 f"Program.replace must not change {', '.join(refused)}, on which the compiled worker step or your own "

@@ -35,6 +35,7 @@ from experiments.measurements.simulated import (
     Scores,
     Summary,
     check,
+    check_known,
     drawing,
     late_return,
     start_or_go_on,
@@ -140,8 +141,7 @@ class Arguments:
         lists = ("environments", "ablations", "rates")
         check(self, *lists, seeds=2, tuning_seeds=1, batch=1)
         for name, known in (("environments", MAX_STEPS), ("ablations", ABLATIONS)):
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise ValueError(f"{name} must be among {', '.join(known)}, got {unknown}.")
+            check_known(name, getattr(self, name), known)
         for environment in self.environments:
             self.config(environment, ABLATIONS["A3C"])  # refuses what cannot be
 

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import atari
 from experiments.command_line import exit_on_bad_input, parse
-from experiments.measurements.simulated import COLOURS, check, drawing, start_or_go_on
+from experiments.curves import read_run
+from experiments.measurements.simulated import (
+    COLOURS,
+    as_plain,
+    check,
+    check_known,
+    drawing,
+    start_or_go_on,
+)
 from experiments.run_folder import exit_on_interruption, read_json, write_json
 
 if TYPE_CHECKING:
@@ -68,8 +76,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check(self, "games", max_steps=1, evaluation_episodes=1)
-        if unknown := [game for game in self.games if game not in atari.PRESETS]:
-            raise ValueError(f"games must be among {', '.join(atari.PRESETS)}, got {unknown}.")
+        check_known("games", self.games, atari.PRESETS)
 
 
 class Played(NamedTuple):
@@ -88,14 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Trains, prints the table and draws the picture; returns the run folder."""
     with exit_on_bad_input():
         parsed = parse("measurements.atari_games", Arguments, __doc__, arguments)
-        options = json.loads(json.dumps(dataclasses.asdict(parsed), default=str))
+        options = as_plain(parsed)
         run_dir = start_or_go_on("atari-games", parsed.run_dir, options)
     with exit_on_interruption():
         for number, game in enumerate(parsed.games, start=1):
             if not is_done(run_dir / game):
                 print(f"{game}, {number} of {len(parsed.games)}", file=sys.stderr)
                 train(parsed, run_dir / game, game)
-    logs = {game: read_episodes(run_dir / game) for game in parsed.games}
+    logs = {game: read_run(run_dir / game)[1] for game in parsed.games}
     games = [read(run_dir / game, log) for game, log in logs.items()]
     write_json(
         run_dir / "atari_games.json",
@@ -132,13 +139,6 @@ def train(parsed: Arguments, folder: Path, game: str) -> None:
             process.terminate()
     if process.returncode:
         raise SystemExit(process.returncode)
-
-
-def read_episodes(folder: Path) -> "EpisodeLog":
-    """The training games of a run."""
-    from a3c_jax import find_checkpoint
-
-    return find_checkpoint(folder).episodes
 
 
 def read(folder: Path, episodes: "EpisodeLog") -> Played:

@@ -34,7 +34,9 @@ from experiments.measurements.simulated import (
     COLOURS,
     Records,
     Summary,
+    as_plain,
     check,
+    check_known,
     drawing,
     start_or_go_on,
     summarize,
@@ -88,12 +90,8 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check(self, "agents", "games", seeds=2, max_steps=1)
-        for name, values, known in (
-            ("agents", self.agents, AGENTS),
-            ("games", self.games, minatar.PRESETS),
-        ):
-            if unknown := [value for value in values if value not in known]:
-                raise ValueError(f"{name} must be among {', '.join(known)}, got {unknown}.")
+        check_known("agents", self.agents, AGENTS)
+        check_known("games", self.games, minatar.PRESETS)
         theirs = [agent for agent in self.agents if agent not in OWN]
         if theirs and (self.python is None or not self.python.exists()):
             raise ValueError(
@@ -124,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Trains, prints the table and draws the picture; returns the run folder."""
     with exit_on_bad_input():
         parsed = parse("measurements.minatar_agents", Arguments, __doc__, arguments)
-        options = json.loads(json.dumps(dataclasses.asdict(parsed), default=str))
+        options = as_plain(parsed)
         run_dir = start_or_go_on("minatar-agents", parsed.run_dir, options)
     from tqdm import tqdm
 

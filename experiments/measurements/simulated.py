@@ -4,11 +4,12 @@ A command that was interrupted or killed goes on from its file of scores.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -189,6 +190,22 @@ def check(arguments: Any, *lists: str, **minima: int) -> None:
             raise ValueError(
                 f"{name} must be one or more, each once, got {values}; remove the repetitions."
             )
+
+
+def check_known(name: str, values: Collection[str], known: Collection[str]) -> None:
+    """Refuses values that are not known.
+
+    Raises:
+      ValueError: with the name, the rule and the values.
+    """
+    if unknown := [value for value in values if value not in known]:
+        raise ValueError(f"{name} must be among {', '.join(known)}, got {unknown}.")
+
+
+def as_plain(arguments: Any) -> dict[str, Any]:
+    """The arguments of a command as plain values that JSON can hold."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(arguments), default=str))
+    return plain
 
 
 def start_or_go_on(name: str, run_dir: Path | None, arguments: dict[str, Any]) -> Path:
