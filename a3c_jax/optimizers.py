@@ -128,9 +128,11 @@ def explain_nonfinite(gradients: Any) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         highest = float(jnp.max(jnp.abs(leaf)))  # NaN if there is one
         if not math.isfinite(highest):
+            where = "segment" if is_segment else "gradients"
+            remedy = "correct the environment, or " if is_segment else ""
             return (
-                f"has a NaN or an infinity in its {'segment' if is_segment else 'gradients'}, in {name!r}; "
-                "lower the learning rate, or clip the gradients."
+                f"has a NaN or an infinity in its {where}, in {name!r}; {remedy}lower the learning rate, or clip the "
+                "gradients."
             )
         if highest > largest:
             largest, where = highest, name
@@ -139,9 +141,10 @@ def explain_nonfinite(gradients: Any) -> str:
             "has gradients whose norm is infinite, though each of their numbers is finite, up to "
             f"{largest:.2g} in {where!r}; make the rewards smaller, or lower the loss's costs."
         )
+    made = "the gradients, the parameters" if is_segment else "the parameters"
     return (
-        "makes a NaN or an infinity of the parameters or of the optimizer's state; lower the learning rate, "
-        "or clip the gradients."
+        f"makes a NaN or an infinity of {made} or of the optimizer's state; lower the learning rate, or clip the "
+        "gradients."
     )
 
 

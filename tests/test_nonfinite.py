@@ -1,5 +1,6 @@
 """What is not finite never reaches the parameters, and whoever looks for it is told where it came from."""
 
+import functools
 import re
 
 import chex
@@ -20,6 +21,7 @@ from small_runs import (
     words,
 )
 
+import a3c_jax
 from a3c_jax import (
     CheckpointFolder,
     NonFiniteError,
@@ -27,6 +29,7 @@ from a3c_jax import (
     WorkerError,
     find_checkpoint,
 )
+from a3c_jax.algorithm import a3c
 from a3c_jax.asynchrony.checkpoint_files import read_mean_return, save_checkpoint
 from a3c_jax.asynchrony.trees import name_leaves
 from a3c_jax.normalization import STATISTICS, Moments
@@ -215,6 +218,22 @@ def test_nothing_that_is_not_finite_is_ever_seen_by_another_worker(num_workers):
     replay(config, result.schedule, environment, on_update=lambda *u: updates.append(u))
     assert len(updates) == result.version
     assert all(is_finite((u[1].params, u[2])) for u in updates)
+
+
+@pytest.mark.parametrize(
+    ("where", "leaf"), [("reward", "reward_t"), ("observation", "observation_tm1")]
+)
+def test_a_loss_at_the_newest_parameters_is_explained_as_well(where, leaf):
+    learns = functools.partial(a3c, learns_at_newest=True)
+    environment = Walk(np.nan, bad_from=FIRST_BAD_STEP, where=where)
+    program = a3c_jax.build(small(), environment=environment, algorithm=learns)
+    with pytest.raises(WorkerError) as caught:
+        a3c_jax.train(program)
+    assert re.search(
+        rf"in its segment, in 'trajectory/{leaf}'; correct the environment, or lower the learning rate, .* "
+        "Not finite in its segment: .*critic_loss",
+        str(caught.value),
+    )
 
 
 def test_an_update_that_makes_it_stops_the_run_where_no_loss_shows_it():

@@ -20,7 +20,7 @@ class Snapshot(NamedTuple):
 
     Attributes:
       params: the parameters. They are immutable, so that a snapshot is a reference and never a copy.
-      version: the number of updates applied to them.
+      version: the number of updates that led to them, skipped ones included.
     """
 
     params: Any
@@ -63,7 +63,13 @@ class Update(NamedTuple):
 
 
 class NonFiniteError(ArithmeticError):
-    """An update was refused because it, or its gradients' norm, is not finite. The parameters are as before."""
+    """An update was refused because it, or its gradients' norm, is not finite. The parameters are as before.
+
+    Attributes:
+      metrics: what the loss reports of itself if it was differentiated in the update; empty otherwise.
+    """
+
+    metrics: Any = {}  # noqa: RUF012 (never changed)
 
 
 class SharedParameters:
@@ -121,13 +127,13 @@ class SharedParameters:
           worker: who pulls. If it is given, the store remembers what this worker has pulled until it applies its
             gradients, so that a checkpoint in between can hold it.
         """
-        snapshot = self._current[0]
-        while worker is not None:
+        while True:
+            snapshot = self._current[0]
+            if worker is None:
+                return snapshot
             self._in_flight[worker] = snapshot
             if snapshot is self._current[0]:
-                break  # noted before the next update, so that whoever looks after it sees the note
-            snapshot = self._current[0]
-        return snapshot
+                return snapshot  # noted before the next update, so that whoever looks after it sees the note
 
     def apply(self, gradients: Any, pulled_version: int, worker: int = 0) -> int:
         """Moves the parameters along one worker's gradients; see `applying`.
@@ -186,7 +192,9 @@ class SharedParameters:
             version = basis[0].version
             if not finite and not self._skip_nonfinite:
                 why = explain_nonfinite(_compiled.unpack(gradients))
-                raise NonFiniteError(f"the update of version {version} by worker {worker} {why}")
+                error = NonFiniteError(f"the update of version {version} by worker {worker} {why}")
+                error.metrics = metrics
+                raise error
         except BaseException:
             self._lock.release()
             raise

@@ -176,6 +176,7 @@ class Run:
     def explain(self, error: WorkerError) -> None:
         """Appends the names of the metrics that are not finite to the message, if a NonFiniteError was the cause."""
         if isinstance(error.__cause__, NonFiniteError) and error.report is not None:
+            error.report.of_update = error.__cause__.metrics
             metrics = segment_metrics(error.report)
             bad = [name for name, value in metrics.items() if not np.isfinite(value)]
             error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
