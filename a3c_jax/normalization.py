@@ -97,10 +97,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return Moments(num_values, a.mean + share * delta, squares + spread)
 
 
-def standard_deviation(moments: Moments) -> Array:
-    """The standard deviation of each element, `[...]`; one if an element has not varied yet."""
+def standard_deviation(moments: Moments, smallest: float = 1e-4) -> Array:
+    """The standard deviation of each element, `[...]`; one if it is not above `smallest`, as of what never varied."""
     variance = moments.squared_deviations / jnp.maximum(moments.num_values, 1.0)
-    return jnp.where(variance > 1e-8, jnp.sqrt(jnp.maximum(variance, 1e-8)), 1.0)
+    least = smallest**2
+    return jnp.where(variance > least, jnp.sqrt(jnp.maximum(variance, least)), 1.0)
 
 
 def standardize(values: Array, moments: Moments) -> Array:
@@ -110,7 +111,7 @@ def standardize(values: Array, moments: Moments) -> Array:
 
 def scale_to_unit_variance(values: Array, moments: Moments) -> Array:
     """Divides by the standard deviation and clips to ten of them. The mean stays, so that a reward keeps its sign."""
-    return jnp.clip(values / standard_deviation(moments), -_LIMIT, _LIMIT)
+    return jnp.clip(values / standard_deviation(moments, smallest=1e-12), -_LIMIT, _LIMIT)
 
 
 def get_statistics(params: Any) -> dict[str, Any]:

@@ -157,7 +157,8 @@ def _moments_of_returns(
     def add(running: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
         reward, ended = step
         running = discount * running + reward
-        return jnp.where(ended, 0.0, running), running
+        begins_anew = ended | ~jnp.isfinite(running)  # the latter only if such updates are skipped
+        return jnp.where(begins_anew, 0.0, running), running
 
     ended_t = trajectory.terminated_t | trajectory.truncated_t
     last, returns = jax.lax.scan(add, state.discounted_return, (trajectory.reward_t, ended_t))

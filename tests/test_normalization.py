@@ -169,6 +169,24 @@ def test_evaluation_sees_what_training_saw():
     np.testing.assert_array_equal(action, expected)
 
 
+@pytest.mark.parametrize("deviation", [1e-7, 1e-3, 1e5])
+def test_rewards_of_any_size_are_scaled(deviation):
+    values = jnp.asarray(np.random.default_rng(1).normal(0.0, deviation, 2000), jnp.float32)
+    moments = normalization.batch_moments(values, 1)
+    got = normalization.scale_to_unit_variance(values, moments)
+    np.testing.assert_allclose(got.std(), 1.0, rtol=1e-3)
+
+
+def test_the_discounted_return_begins_again_after_what_is_not_finite():
+    rewards = jnp.array([1.0, 2.0, np.nan, 4.0, 5.0, 6.0]).reshape(6, 1)
+    flags = jnp.zeros((6, 1), bool)
+    trajectory = Trajectory(flags, flags, rewards, flags, flags, flags)
+    state = initialize(small(envs_per_worker=1, **BOTH), environment=WALK).states[0]
+    state, got = _moments_of_returns(state, trajectory, 0.5)
+    np.testing.assert_allclose(state.discounted_return, [9.5])
+    assert np.isnan(got.mean)  # so that this update is skipped, and the next one is not
+
+
 def test_the_discounted_return_begins_again_with_each_episode():
     rewards = jnp.arange(1.0, 7.0).reshape(6, 1)
     flags = jnp.zeros((6, 1), bool)
