@@ -213,7 +213,8 @@ def _make_start(
         state = rollout.start(environment, key, config.envs_per_worker, carry)
         if config.normalize_rewards:
             state = state._replace(discounted_return=jnp.zeros(config.envs_per_worker))
-        return state._replace(own=algorithm.init_own(jax.random.fold_in(key, 1), worker))
+        # Numbers 0 and 1 would be the keys into which the start of a rollout splits this one.
+        return state._replace(own=algorithm.init_own(jax.random.fold_in(key, 2), worker))
 
     return start
 

@@ -75,7 +75,8 @@ def n_step_returns(
       r_t: rewards, `[T, ...]`, float.
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       v_t: values of the observations that followed each action, before any reset, `[T, ...]`, float.
-      lambda_t: `1 - truncated_t`, `[T, ...]` or a scalar. A constant below one gives the lambda-return.
+      lambda_t: `lambda_ * (1 - truncated_t)`, `[T, ...]`; one for `lambda_` gives A3C's return, less a lambda-return. A
+        scalar if no time limit cut anything.
 
     Returns:
       The return of each step, `[T, ...]`. It is differentiable: the losses below stop the gradient.
@@ -114,7 +115,7 @@ def n_step_advantages(
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       v_tm1: values of the observations acted upon, `[T, ...]`, float.
       v_t: values of the observations that followed, before any reset, `[T, ...]`, float.
-      lambda_t: `1 - truncated_t`, `[T, ...]` or a scalar; see `n_step_returns`.
+      lambda_t: `lambda_ * (1 - truncated_t)`, `[T, ...]`, or a scalar; see `n_step_returns`.
 
     Returns:
       The advantage of each action, `[T, ...]`.
@@ -260,7 +261,8 @@ def a3c_loss(
     Args:
       params: the parameters to differentiate: any tree, Flax's for instance.
       apply_fn: `apply_fn(params, trajectory) -> (distribution_tm1, v_tm1, v_t)`: the policy's distribution and the
-        value at every observation acted upon, and the value of every observation that followed.
+        value at every observation acted upon, and the value of every observation that followed. What `v_t` is where an
+        episode terminated does not matter, because its discount is zero there.
         `a3c_jax.networks.trajectory_apply(network)` makes one from a Flax network.
       trajectory: anything with `action_tm1`, `reward_t`, `terminated_t` and `truncated_t`, each `[T, ...]`, and
         whatever `apply_fn` reads: `a3c_jax.rollout.Trajectory` for instance. Continuous actions, and several
@@ -306,7 +308,12 @@ def a3c_loss(
 
 
 def mean_over(valid_tm1: Array | None, x: Array) -> Array:
-    """The mean over the steps that are valid, over all if `valid_tm1` is None; zero if none is."""
+    """The mean of `x` over the steps that are valid, over all if `valid_tm1` is None; zero if none is.
+
+    Raises:
+      AssertionError: if their shapes differ. A part of the loss has one number for each step.
+    """
     if valid_tm1 is None:
         return jnp.mean(x)
+    chex.assert_equal_shape([valid_tm1, x])
     return jnp.sum(jnp.where(valid_tm1, x, 0.0)) / jnp.maximum(jnp.sum(valid_tm1), 1)

@@ -4,6 +4,7 @@ A recurrent network has a carry: what it remembers of the episode so far. The ca
 the empty tuple, so that the same code drives both.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -249,7 +250,10 @@ def network_functions(network: Any) -> NetworkFunctions:
         )
 
     def part(method: str, number: int) -> Callable[[Any, Any], Any]:
-        if isinstance(network, nn.Module) and hasattr(network, method):
+        # A submodule of that name is another thing, which need not give the distribution or the values.
+        if isinstance(network, nn.Module) and inspect.isfunction(
+            getattr(type(network), method, None)
+        ):
             return lambda params, observation: apply(params, observation, method=method)
         # What of the other part is computed for nothing, the compiler leaves out.
         return lambda params, observation: both(params, observation)[number]

@@ -18,6 +18,7 @@ from a3c_jax import A3CConfig, CheckpointFolder, Schedule, find_checkpoint, fixe
 from a3c_jax.algorithm import SHARED, Algorithm, a3c
 from a3c_jax.algorithms import find_algorithm
 from a3c_jax.asynchrony.trees import name_leaves
+from a3c_jax.blueprint import make_blueprint
 
 TINY = {"num_workers": 3, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,), "max_steps": 240}
 PROBE = Probe(3, lambda sign, action, last: sign * (2 * action - 1) + 0.25 * last)
@@ -236,6 +237,19 @@ def test_a_segment_that_is_sent_has_the_log_probabilities_of_the_policy_that_act
     pulled = schedule.pulled_version
     a3c_jax.replay(program, schedule, on_update=note)
     assert len(seen) == 6
+
+
+def test_what_a_worker_keeps_is_drawn_with_a_key_of_its_own():
+    def keeps_its_key(config, environment, network):
+        own = lambda key, worker: jax.random.key_data(key)  # noqa: E731
+        return a3c(config, environment, network)._replace(init_own=own)
+
+    blueprint = make_blueprint(config(), environment=PROBE, algorithm=keeps_its_key)
+    _, workers, _ = jax.random.split(jax.random.key(5), 3)
+    used = jax.random.key_data(jax.random.split(jax.random.fold_in(workers, 1)))
+    kept = blueprint.start(5, 1)
+    np.testing.assert_array_equal(jax.random.key_data(kept.key), used[0])
+    assert not (kept.own == used).all(axis=-1).any()
 
 
 # Names

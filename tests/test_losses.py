@@ -19,6 +19,7 @@ from a3c_jax.losses import (
     critic_loss,
     entropy_loss,
     explained_variance,
+    mean_over,
     n_step_advantages,
     n_step_returns,
 )
@@ -593,6 +594,14 @@ def test_an_entropy_cost_keeps_the_policy_more_random_and_at_the_known_optimum()
 
 
 # The explained variance.
+
+
+def test_a_mean_over_steps_needs_one_number_for_each():
+    x = jnp.arange(6.0).reshape(3, 2)
+    assert mean_over(None, x) == 2.5
+    assert mean_over(x > 3, x) == 4.5
+    with pytest.raises(AssertionError):
+        mean_over(jnp.ones((3, 1), bool), x)
 
 
 def test_the_explained_variance_by_hand_and_at_its_landmarks():

@@ -12,6 +12,7 @@ from probes import Probe
 import a3c_jax
 from a3c_jax import A3CConfig
 from a3c_jax.distributions import Categorical
+from a3c_jax.networks import network_functions
 
 TINY = {"num_workers": 2, "envs_per_worker": 4, "t_max": 4, "max_steps": 320}
 PROBE = Probe(3, lambda sign, action, last: sign * (2 * action - 1) + 0.25 * last)
@@ -115,6 +116,26 @@ def test_it_trains_replays_resumes_and_is_evaluated(make, tmp_path):
         policy, loaded.params, loaded.environment, loaded.evaluation_key, 4
     )
     assert returns.shape == (4,)
+
+
+class Submodules(nn.Module):
+    """Its `actor` and `critic` are layers, and no methods that give a distribution and values."""
+
+    actor: nn.Module
+    critic: nn.Module
+
+    def __call__(self, observation):
+        return Categorical(self.actor(observation)), self.critic(observation)[..., 0]
+
+
+def test_submodules_named_like_the_two_parts_are_not_taken_for_them():
+    network, observation = Submodules(nn.Dense(2), nn.Dense(1)), jnp.ones((4, 3))
+    params = network.init(jax.random.key(0), observation)
+    functions = network_functions(network)
+    distribution, values = network.apply(params, observation)
+    got, _ = functions.act(params, observation, ())
+    chex.assert_trees_all_equal(got.logits, distribution.logits)
+    chex.assert_trees_all_equal(functions.value(params, observation, ()), values)
 
 
 def test_a_module_of_flax_nnx_is_named_in_the_checkpoint_by_its_own_class(tmp_path):
