@@ -29,7 +29,7 @@ def available_cores() -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class A3CConfig:
-    """Everything that defines a run. Two runs of one program with one worker are equal bit for bit.
+    """Everything that defines a run. With one worker a run repeats bit for bit; with more, `replay` repeats it.
 
     Attributes:
       environment: Name of a gymnax environment, or CartPole-v0, which is CartPole-v1 with a limit of 200 steps.
@@ -41,7 +41,8 @@ class A3CConfig:
       envs_per_worker: Environments that each worker plays side by side. The paper's workers play one.
       t_max: Steps that a worker plays in each of its environments between two updates. The paper's value is 5.
       max_concurrent_workers: Largest number of workers that run at the same time. Waiting workers take turns,
-        first come first served. None chooses before each run: as many as there are cores, or fewer if segments are short.
+        first come first served. None chooses before each run: as many as there are cores or fewer if segments are short, all
+        of them if the environments are on the host or segments are too large for a single kernel.
       discount: Discount factor gamma, per step.
       gae_lambda: Lambda of generalised advantage estimation, in [0, 1]. At 1 it is A3C's n-step return.
       critic_cost: Weight of the critic's loss, which is half the mean squared error.
@@ -80,8 +81,8 @@ class A3CConfig:
       forget_bias: Initial bias of the forget gate. Larger values make a new core remember longer.
       action_bounds: How continuous actions are fitted into the environment's bounds: clipped, or squashed by
         tanh. The log-probability is that of the number before.
-      state_dependent_scale: Let the standard deviation of a continuous policy be the softplus of a layer, as in
-        the paper, instead of one free parameter for each dimension.
+      state_dependent_scale: Let the standard deviation of a continuous policy be the softplus of a layer, instead of one
+        free parameter for each dimension.
       max_steps: Stop after this many environment steps of all workers together. None sets no limit.
       max_episodes: Stop after this many episodes of all workers together. None sets no limit.
       solved_return: Stop as soon as the mean return of the last solved_window episodes reaches this value. None

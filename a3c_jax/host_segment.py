@@ -55,7 +55,7 @@ class HostSegment:
         self._terminated[t], self._truncated[t] = terminated, truncated
         self._returns[t], self._lengths[t] = self.episode_return, self.episode_length
         if ended.any():
-            # A step that marks beginnings returns it as what to act upon next, and that is kept anyway.
+            # With NextStep, the last observation is also the next one that is acted upon, and so it is kept anyway.
             if self._valid is None:
                 self._final[t] = stepped.final_observation
             self.episode_return = np.where(ended, np.float32(0), self.episode_return)

@@ -25,7 +25,7 @@ from a3c_jax.cells import where_tree
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.host_segment import HostSegment
 from a3c_jax.host_state import ActionLog, HostState, Live
-from a3c_jax.over_leaves import OverLeaves, keep_gradients_and_report, keep_nothing
+from a3c_jax.over_leaves import OverLeaves
 from a3c_jax.worker import SegmentReport, WorkerState, learn
 
 Array = jax.Array
@@ -173,12 +173,13 @@ class CompiledHostStep:
         self._environment, self._t_max = step.environment, step.t_max
         ended = np.zeros(len(state.episode_return), bool)
         moment = (state.key, np.int32(0), ended, state.observation, state.carry, state.own)
-        self._act = OverLeaves(compile, keep_nothing(step.act), params, moment)
-        (), chosen = self._act(params, *moment)
+        self._act = OverLeaves(compile, step.act, params, moment)
+        chosen = self._act(params, *moment)
         self._fresh_carry = step.algorithm.initialize_carry(len(ended))
         self._rehearsal = step.example_segment(state, *chosen)
+        # The gradients and the report go on as they are packed, to the store.
         self._learn = OverLeaves(
-            compile, keep_gradients_and_report(step.learn), params, self._rehearsal, **options
+            compile, step.learn, params, self._rehearsal, packed=(0, 2), **options
         )
         self.in_single_kernel = self._learn.in_single_kernel
 
@@ -188,8 +189,8 @@ class CompiledHostStep:
 
     def rehearse(self, params: Any, state: Any) -> tuple[Any, Any, SegmentReport]:
         """A step in which all observations are zeros. It needs no environment."""
-        (gradients, report), state = self._learn(params, *self._rehearsal)
-        return gradients, state, report
+        results: Any = self._learn(params, *self._rehearsal)
+        return results
 
     def __call__(self, params: Any, state: Any) -> tuple[Any, Any, SegmentReport]:
         live = state.environment.live
@@ -202,7 +203,7 @@ class CompiledHostStep:
         segment = HostSegment(self._t_max, state, self._environment.marks_beginnings)
         ended, carry = np.zeros(len(state.episode_return), bool), state.carry
         for t in range(self._t_max):
-            _, (action, log_prob, carry) = self._act(
+            action, log_prob, carry = self._act(
                 params, state.key, np.int32(t), ended, segment.observation(), carry, state.own
             )
             action = np.asarray(action)
@@ -217,7 +218,7 @@ class CompiledHostStep:
         trajectory, episodes = segment.read(state.carry)
         now = _learning_part(state._replace(carry=carry))
         # Calls with large NumPy arrays return before they are computed, whatever the settings of the process are.
-        (gradients, report), learned = jax.block_until_ready(
+        gradients, learned, report = jax.block_until_ready(
             self._learn(params, now, ended, trajectory, episodes)
         )
         return gradients, self._next_state(live, segment, learned), report

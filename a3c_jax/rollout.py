@@ -22,7 +22,7 @@ class Trajectory(NamedTuple):
       action_tm1: what was done, `[T, N]` int32, or `[T, N, D]` int32 for D discrete actions at once, or
         `[T, N, D]` float32 if actions are continuous.
       reward_t: what it earned, `[T, N]` float32. A loss sees it clipped, scaled or replaced, as the configuration says.
-      terminated_t: whether it ended the episode, `[T, N]` bool.
+      terminated_t: whether nothing follows: the episode ended by itself, or a life was lost and that counts, `[T, N]` bool.
       truncated_t: whether a time limit then cut the episode, `[T, N]` bool; also True where `valid_tm1` is False.
       observation_t: what followed, before any reset, like `observation_tm1`.
       carry: what a recurrent network remembered at the segment's start, a tree of `[N, ...]`; `()` for a
