@@ -122,6 +122,7 @@ def test_gymnax_loads_no_plotting_library_and_leaves_no_stand_in():
     assert left == [[], False, False, False]
 
 
+@pytest.mark.slow
 def test_the_users_own_import_afterwards_gives_the_real_modules():
     real, _ = python(IMPORT + IS_REAL + "plt.figure()\nprint(json.dumps(real))", MPLBACKEND="Agg")
     assert real == [True, True, True]

@@ -71,6 +71,7 @@ def test_a_program_compiled_before_still_runs_without_compilation():
     assert again.version == expected.version
 
 
+@pytest.mark.slow
 def test_a_normal_run_makes_no_nan_on_its_way():
     with jax.debug_nans(True):
         result = train(CONFIG, environment=WALK)

@@ -317,9 +317,8 @@ def test_what_is_learnt_from_at_the_newest_parameters_is_the_same_segment():
         chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, pytest.param({"normalize_rewards": True, "core": "gru"}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"normalize_rewards": True, "core": "gru"}])
 def test_whole_runs_of_twins_are_the_same(fields):
     config = A3CConfig(**SMALL | {"num_workers": 2}, **fields)
     schedule = fixed_delay(1, 30, num_workers=2)

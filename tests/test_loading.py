@@ -130,6 +130,7 @@ def test_the_examples_in_the_docstrings_hold(module):
     assert doctest.testmod(module).failed == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     a3c_jax.train(A3CConfig(**TINY), checkpoints=CheckpointFolder(tmp_path))
     checkpoint = find_checkpoint(tmp_path)

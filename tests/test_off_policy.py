@@ -99,6 +99,7 @@ def test_the_actor_bootstraps_from_the_final_observation_at_a_time_limit():
     np.testing.assert_allclose(before[0][first], after[0][first], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_on_policy_it_is_a3c_s_loss():
     params, trajectory = segment(on_policy=True, truncated=True)
     ours, theirs = (

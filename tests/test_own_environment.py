@@ -86,6 +86,7 @@ class Plain:
         return spaces.Discrete(2)
 
 
+@pytest.mark.slow
 def test_an_object_with_reset_and_the_six_value_step_is_played_as_it_is():
     config = A3CConfig(**TINY | {"envs_per_worker": 8}, max_steps=5_000)
     result = train(config, environment=Plain())
@@ -95,6 +96,7 @@ def test_an_object_with_reset_and_the_six_value_step_is_played_as_it_is():
     assert lengths.min() >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("core", "kind"),
     [

@@ -82,6 +82,7 @@ EVERY_KIND = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_one_worker_on_ray_is_one_worker_in_a_thread(cluster, environment):
     if environment.startswith("ale:"):
@@ -108,6 +109,7 @@ def test_workers_can_share_a_process(cluster):
     assert_equal_runs(result, replay(built, result.schedule))
 
 
+@pytest.mark.slow
 def test_rows_show_what_an_exchange_takes(cluster):
     rows = []
     train(program(config_of()), ray="auto", on_progress=rows.append)
@@ -175,6 +177,7 @@ def test_a_run_on_ray_goes_on_from_its_checkpoint_in_threads_and_back(cluster, t
     assert_equal_runs(resumed, train(whole))
 
 
+@pytest.mark.slow
 def test_a_worker_that_raises_ends_the_run_with_its_own_exception(cluster):
     from a3c_jax.host_environment import HostEnvironment
 
@@ -224,6 +227,7 @@ def test_an_option_out_of_range_is_refused():
         RayOptions(workers_per_process=0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_ours_again_after_a_run(cluster):
     def ours(number, frame):
         raise KeyboardInterrupt
@@ -377,6 +381,7 @@ def train_under_fire(built, kills, options="auto", seconds=(0.1, 0.5), then=None
         killer.join()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_trace_in_the_run(cluster):
     built = program(config_of(num_workers=2, max_steps=8 * 1_000))
     result, killed = train_under_fire(built, 1)

@@ -41,7 +41,9 @@ from experiments import replay as command
 from experiments.run_folder import train_in_folder
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 5, 16])
+@pytest.mark.parametrize(
+    "num_workers", [1, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 16))]
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_replay_is_the_run_bit_for_bit(optimizer, num_workers):
     config = small(num_workers=num_workers, optimizer=optimizer, max_steps=1_200)
@@ -320,7 +322,14 @@ def test_the_command_begins_at_a_checkpoint(run_replay, tmp_path):
     assert "from must be a checkpoint before the last update" in output
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"worker": "zero"}', "\0\0"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"worker": "zero"}',
+        *(pytest.param(content, marks=pytest.mark.slow) for content in ("", "[]", "{}", "\0\0")),
+    ],
+)
 def test_the_command_ignores_a_failure_that_it_cannot_understand(run_replay, tmp_path, content):
     train(small(), checkpoints=CheckpointFolder(tmp_path / "checkpoints"))
     (tmp_path / "failure.json").write_text(content)

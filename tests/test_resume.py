@@ -50,9 +50,14 @@ LINEAR = {"learning_rate_schedule": "linear", "learning_rate": 0.05}
 @pytest.mark.parametrize(
     ("optimizer", "schedule"),
     [
-        *((optimizer, "linear") for optimizer in OPTIMIZERS),
+        ("shared_rmsprop", "linear"),
         ("adam", "constant"),
-        *(pytest.param(o, "constant", marks=pytest.mark.slow) for o in OPTIMIZERS if o != "adam"),
+        *(
+            pytest.param(optimizer, schedule, marks=pytest.mark.slow)
+            for optimizer in OPTIMIZERS
+            for schedule in ("linear", "constant")
+            if (optimizer, schedule) not in {("shared_rmsprop", "linear"), ("adam", "constant")}
+        ),
     ],
 )
 def test_one_worker_goes_on_bit_for_bit_from_anywhere(tmp_path, optimizer, schedule):
@@ -130,7 +135,7 @@ def test_the_running_episodes_go_on_and_are_not_begun_anew(tmp_path):
 # Several workers: exact counters, and a replay of the whole.
 
 
-@pytest.mark.parametrize("num_workers", [2, 5])
+@pytest.mark.parametrize("num_workers", [pytest.param(2, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_several_workers_go_on_and_count_exactly(tmp_path, optimizer, num_workers):
     config = small(num_workers=num_workers, optimizer=optimizer, max_steps=2_000, **LINEAR)

@@ -287,9 +287,8 @@ def in_pairs():
     return jax.jit(make_simulation(skips, max_staleness=3, workers_at_once=2))
 
 
-@pytest.mark.parametrize(
-    "name", ["round_robin", pytest.param("fixed_delay", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["round_robin", "fixed_delay"])
 def test_segments_side_by_side_are_the_same_run(name, in_pairs):
     simulated = in_pairs(2, 0.02, SCHEDULES[name])
     assert simulated.applied.shape == (UPDATES,) and simulated.applied.all()
@@ -348,6 +347,7 @@ def test_groups_that_cannot_be_played_side_by_side_are_refused():
 HUGE = 1e38  # a step of this size makes an infinity within some updates
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_ends_the_run_where_the_configuration_says_stop(simulate):
     result = simulate(0, HUGE, fixed_delay(0, UPDATES))
     assert_ended_where_it_was_not_finite(result)

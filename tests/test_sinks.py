@@ -120,6 +120,7 @@ a3c_jax.train(config, sinks=[sink], updates_per_row=10)
 """
 
 
+@pytest.mark.slow
 def test_trackio_gets_every_row_offline(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", TRACKIO],

@@ -176,7 +176,7 @@ BYTES = spaces.Box(0, 255, (3,), np.uint8)
     [
         (BYTES, np.full((N, 3), 0.5, np.float32), r"float32\[3, 3\]"),
         (BYTES, np.zeros((N, 1), np.uint8), r"uint8\[3, 1\]"),
-        (BYTES, np.zeros((1, 3), np.uint8), r"uint8\[1, 3\]"),
+        pytest.param(BYTES, np.zeros((1, 3), np.uint8), r"uint8\[1, 3\]", marks=pytest.mark.slow),
         (spaces.Box(-1, 1, (3,)), np.zeros(3, np.float32), r"float32\[3\]"),
     ],
     ids=["dtype", "shape", "number", "single"],

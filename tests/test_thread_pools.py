@@ -50,6 +50,7 @@ def counts(recorded, *args, **environment):
     return json.loads(python(COUNT.format(recorded=recorded), *args, **environment))
 
 
+@pytest.mark.slow
 @needs_two_cores
 def test_the_numbers_are_those_of_the_process():
     both = {"xla_threads": str(len(CORES)), "blas_threads": str(len(CORES))}

@@ -84,11 +84,11 @@ def assert_same(network, plain, observation, compiled=True):
     [
         pytest.param((3,), (84, 84), marks=pytest.mark.slow),
         pytest.param((3, 16), (84, 84), marks=pytest.mark.slow),
-        ((37,), (42, 42)),
-        ((40,), (42, 42)),
+        pytest.param((37,), (42, 42), marks=pytest.mark.slow),
+        pytest.param((40,), (42, 42), marks=pytest.mark.slow),
         ((3, 16), (42, 42)),
         ((), (20, 23)),
-        ((1, 2, 2), (20, 23)),
+        pytest.param((1, 2, 2), (20, 23), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -101,7 +101,7 @@ def test_it_needs_no_compilation():
     assert_same(Atari((8,), nn.relu), PlainAtari((8,)), frames(2, 4, 24, 24), compiled=False)
 
 
-@pytest.mark.parametrize("channels", [4, 7])
+@pytest.mark.parametrize("channels", [pytest.param(4, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("batch", [(), (3, 16)], ids=str)
 def test_the_minatar_torso_is_the_plain_network_of_its_paper(batch, channels):
     observation = frames(*batch, 10, 10, channels) > 200
@@ -130,6 +130,7 @@ def test_the_torso_can_be_mapped_over_parameters_and_observations():
     assert_equal_but_for_rounding(mapped, jnp.stack(one_by_one))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shared", "core"),
     [

@@ -256,10 +256,10 @@ def test_the_terminal_reward_changes_learning_and_not_the_reported_returns():
 @pytest.mark.parametrize(
     ("shared_torso", "optimizer"),
     [
-        (False, "adam"),
         (True, "momentum"),
         (False, "shared_rmsprop"),
-        (True, "rmsprop"),
+        pytest.param(False, "adam", marks=pytest.mark.slow),
+        pytest.param(True, "rmsprop", marks=pytest.mark.slow),
         pytest.param(True, "adam", marks=pytest.mark.slow),
         pytest.param(False, "momentum", marks=pytest.mark.slow),
         pytest.param(True, "shared_rmsprop", marks=pytest.mark.slow),

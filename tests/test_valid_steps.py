@@ -247,7 +247,7 @@ METHODS = {
 }
 
 
-SLOW = {"gae", "gru", "lstm", "n_step_q-gru"}
+SLOW = {"gae", "gru", "lstm", "n_step_q-gru", "sarsa-lstm"}
 
 
 @pytest.mark.parametrize(
