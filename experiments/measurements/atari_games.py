@@ -186,7 +186,7 @@ def draw(paths: Sequence[Path], games: Sequence[Played], logs: "dict[str, Episod
             mean = running_mean(log.episode_return, WINDOW, every)
             frames = log.environment_steps[::every] * (FRAMES / 1e6)
             axes.plot(
-                frames, mean, color=COLOURS[0], label=f"a3c_jax, mean of {WINDOW} training games"
+                frames, mean, color=COLOURS[0], label=f"a3c_jax, one run, mean of {WINDOW} training games"
             )
             axes.axhline(
                 other.noisynet,
@@ -198,7 +198,7 @@ def draw(paths: Sequence[Path], games: Sequence[Played], logs: "dict[str, Episod
                 other.pfrl,
                 color=COLOURS[2],
                 linestyle=":",
-                label="PFRL's A3C after 200 million frames",
+                label="PFRL's A3C, best evaluation within 200 million frames",
             )
             axes.axhline(played.random, color="0.6", linewidth=0.8, label="random policy")
             axes.set_title(f"{played.game}, {played.hours:.1f} hours")
