@@ -186,7 +186,10 @@ def draw(paths: Sequence[Path], games: Sequence[Played], logs: "dict[str, Episod
             mean = running_mean(log.episode_return, WINDOW, every)
             frames = log.environment_steps[::every] * (FRAMES / 1e6)
             axes.plot(
-                frames, mean, color=COLOURS[0], label=f"a3c_jax, one run, mean of {WINDOW} training games"
+                frames,
+                mean,
+                color=COLOURS[0],
+                label=f"a3c_jax, one run, mean of {WINDOW} training games",
             )
             axes.axhline(
                 other.noisynet,

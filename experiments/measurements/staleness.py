@@ -228,7 +228,7 @@ def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> N
                     if p["panel"] == panel and Line(p["optimizer"], p["algorithm"]) == line
                 ]
                 x, mean, low, high = zip(
-                    *((delays.index(p["delay"]), p["mean"], p["low"], p["high"]) for p in own),
+                    *((p["delay"], p["mean"], p["low"], p["high"]) for p in own),
                     strict=True,
                 )
                 colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
@@ -238,7 +238,8 @@ def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> N
                     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.set_title(title)
             axes.set_xlabel("staleness (updates)")
-            axes.set_xticks(range(len(delays)), [str(delay) for delay in delays])
+            axes.set_xscale("symlog", base=2, linthresh=1)
+            axes.set_xticks(delays, [str(delay) for delay in delays])
             axes.set_ylim(bottom=0)
             axes.grid(axis="y", color="0.92", linewidth=0.8)
         panels[0].set_ylabel("final return (IQM)")
