@@ -128,10 +128,11 @@ def explain_nonfinite(gradients: Any) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         highest = float(jnp.max(jnp.abs(leaf)))  # NaN if there is one
         if not math.isfinite(highest):
-            where = "segment" if is_segment else "gradients"
-            remedy = "correct the environment, or " if is_segment else ""
+            sent, remedy = (
+                ("segment", "correct the environment, or ") if is_segment else ("gradients", "")
+            )
             return (
-                f"has a NaN or an infinity in its {where}, in {name!r}; {remedy}lower the learning rate, or clip the "
+                f"has a NaN or an infinity in its {sent}, in {name!r}; {remedy}lower the learning rate, or clip the "
                 "gradients."
             )
         if highest > largest:

@@ -101,9 +101,9 @@ def test_an_object_with_reset_and_the_six_value_step_is_played_as_it_is():
     ("core", "kind"),
     [
         (None, "tuple"),
-        pytest.param(None, "dict", marks=pytest.mark.slow),
-        pytest.param("gru", "tuple", marks=pytest.mark.slow),
-        pytest.param("gru", "dict", marks=pytest.mark.slow),
+        (None, "dict"),
+        ("gru", "tuple"),
+        ("gru", "dict"),
     ],
 )
 def test_spaces_of_several_parts_are_learnt_from_end_to_end(kind, core):

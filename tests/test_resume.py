@@ -53,11 +53,11 @@ LINEAR = {"learning_rate_schedule": "linear", "learning_rate": 0.05}
         ("shared_rmsprop", "linear"),
         ("adam", "constant"),
         *(
-            pytest.param(optimizer, schedule, marks=pytest.mark.slow)
-            for optimizer in OPTIMIZERS
-            for schedule in ("linear", "constant")
-            if (optimizer, schedule) not in {("shared_rmsprop", "linear"), ("adam", "constant")}
+            pytest.param(o, "linear", marks=pytest.mark.slow)
+            for o in OPTIMIZERS
+            if o != "shared_rmsprop"
         ),
+        *(pytest.param(o, "constant", marks=pytest.mark.slow) for o in OPTIMIZERS if o != "adam"),
     ],
 )
 def test_one_worker_goes_on_bit_for_bit_from_anywhere(tmp_path, optimizer, schedule):

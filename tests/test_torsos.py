@@ -135,9 +135,9 @@ def test_the_torso_can_be_mapped_over_parameters_and_observations():
     ("shared", "core"),
     [
         (True, None),
-        pytest.param(False, "lstm", marks=pytest.mark.slow),
-        pytest.param(True, "lstm", marks=pytest.mark.slow),
-        pytest.param(False, None, marks=pytest.mark.slow),
+        (False, "lstm"),
+        (True, "lstm"),
+        (False, None),
     ],
 )
 def test_the_actor_critic_unrolls_it_as_the_plain_one(core, shared):
