@@ -63,7 +63,7 @@ def test_every_ablation_plays_as_many_steps_and_changes_one_thing(name):
     arguments = ablations.Arguments()
     for environment in arguments.environments:
         config = arguments.config(environment, ABLATIONS[name]).as_dict()
-        baseline = arguments.config(environment, ABLATIONS["A3C"]).as_dict()
+        baseline = arguments.config(environment, ABLATIONS["nothing changed"]).as_dict()
         changed = {field for field in config if config[field] != baseline[field]}
         assert config["max_steps"] == baseline["max_steps"]
         expected = {"no entropy bonus": {"entropy_cost"}, "shared torso": {"shared_torso"}}
@@ -158,7 +158,11 @@ def test_two_seeds_have_a_value_and_no_interval():
 @pytest.mark.parametrize(
     ("program", "options", "message"),
     [
-        (ablations, ["--ablations", "no noise"], "ablations must be among A3C, no entropy bonus"),
+        (
+            ablations,
+            ["--ablations", "no noise"],
+            "ablations must be among nothing changed, no entropy bonus",
+        ),
         (ablations, ["--environments", "CartPole-v1"], "environments must be among CartPole-v0"),
         (ablations, ["--seeds", "1"], "seeds must be >= 2, got 1"),
         (minatar_agents, ["--games", "pong"], "games must be among breakout, asterix"),
@@ -183,7 +187,7 @@ def test_wrong_options_end_with_their_reason_and_leave_no_folder(
 
 @pytest.mark.slow
 def test_a_tiny_comparison_of_ablations_leaves_its_results_and_its_picture(tmp_path, capsys):
-    names = ["A3C", "time limit as death", "the article's entropy"]
+    names = ["nothing changed", "time limit as death", "the article's entropy"]
     options = ["--environments", "Catch-bsuite", "--ablations", *names]
     options += ["--num-workers", "2", "--max-steps", "4000", "--rates", "0.001"]
     options += ["--seeds", "3", "--tuning-seeds", "1", "--batch", "4"]

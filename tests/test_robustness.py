@@ -89,7 +89,10 @@ def test_a_draw_is_good_within_a_tenth_of_the_best():
         update = staticmethod(ignore)
         set_description = staticmethod(ignore)
 
-    arguments = Arguments(optimizers=("adam", "momentum"), draws=4, num_workers=3)
+    arguments = Arguments(
+        optimizers=("adam", "momentum"), draws=4, num_workers=3, rmsprop_epsilon=1e-7
+    )
+    assert arguments.config("Acrobot-v1", "rmsprop").rmsprop_epsilon == 1e-7
     adam, momentum = robustness.play(arguments, "Acrobot-v1", Invented(), Bar())
     assert adam.threshold == momentum.threshold == pytest.approx(-140.0)
     assert (adam.share, momentum.share) == (0.5, 0.25)

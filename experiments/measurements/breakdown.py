@@ -124,19 +124,20 @@ def draw(path: Path, timelines: dict[Any, dict[str, Calls]], num_steps: int = 4)
     for axes, ((workers, envs, t_max), lanes) in zip(panels[:, 0], timelines.items(), strict=True):
         steps = [np.array(calls[first]) for calls in lanes.values()]
         length = num_steps * max(float(np.ptp(s)) / len(s) for s in steps)
+        unit, unit_name = (1e6, "milliseconds") if length > 1e7 else (1e3, "microseconds")
         begin = float(np.median(np.concatenate([s[:, 0] for s in steps])))
         for lane, calls in enumerate(lanes.values()):
             for name in names:
-                spans = (np.array(calls[name], np.float64).reshape(-1, 2) - begin) / 1e3
-                spans = spans[(spans[:, 1] > 0) & (spans[:, 0] < length / 1e3)]
+                spans = (np.array(calls[name], np.float64).reshape(-1, 2) - begin) / unit
+                spans = spans[(spans[:, 1] > 0) & (spans[:, 0] < length / unit)]
                 bars = np.stack([spans[:, 0], spans[:, 1] - spans[:, 0]], axis=1)
                 axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=COLOURS[name])
-        axes.set_xlim(0, length / 1e3)
+        axes.set_xlim(0, length / unit)
+        axes.set_xlabel(unit_name)
         axes.set_ylim(len(lanes) - 0.4, -0.6)
         axes.set_yticks(range(len(lanes)), [f"worker {w}" for w in range(len(lanes))])
         axes.set_title(f"{envs} environments × {t_max} steps, {workers} workers", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel("microseconds")
     handles: Any = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=130)

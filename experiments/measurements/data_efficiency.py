@@ -323,7 +323,7 @@ def _format(value: Value, form: str) -> str:
 
 def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> None:
     """Draws data efficiency and speed-up over the number of workers, with a core for each and in threads."""
-    panels_of = {"efficiency": "data efficiency", "speed_up": "speed-up, a core for each worker"}
+    panels_of = {"efficiency": "data efficiency", "speed_up": "speed-up, computed: a core each"}
     both = [(False, field, title) for field, title in panels_of.items()]
     kinds = [*both, (True, "speed_up", "speed-up, threads here")] if parsed.threads else both
     size = (0.4 + 2.4 * len(kinds), 2.9)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from a3c_jax.config import A3CConfig, Optimizer
+from a3c_jax.config import A3CConfig, Optimizer, default_of
 from experiments import minatar
 from experiments.aggregate import mean
 from experiments.command_line import exit_on_bad_input, parse
@@ -73,6 +73,8 @@ class Arguments:
     """The smallest learning rate."""
     high: float = 1e-1
     """The largest learning rate."""
+    rmsprop_epsilon: float = default_of("rmsprop_epsilon")
+    """RMSProp's epsilon, inside the square root, with and without shared statistics."""
     num_workers: int = 16
     """How many workers take turns."""
     max_steps: int | None = None
@@ -98,6 +100,7 @@ class Arguments:
             task,
             environment=environment,
             optimizer=optimizer,
+            rmsprop_epsilon=self.rmsprop_epsilon,
             num_workers=self.num_workers,
             max_steps=self.max_steps or task.max_steps,
             nonfinite="skip",
@@ -209,22 +212,20 @@ def print_table(parsed: Arguments, found: Sequence[Found]) -> None:
 def draw(paths: Sequence[Path], parsed: Arguments, found: Sequence[Found]) -> None:
     """Draws every run's score over its learning rate: a row for each environment, a column for each optimizer."""
     rows, columns = len(parsed.environments), len(parsed.optimizers)
-    size = (1.2 + 1.5 * columns, 0.7 + 1.25 * rows)
+    size = (1.2 + 1.6 * columns, 0.7 + 1.25 * rows)
     with drawing(paths, rows, columns, size, sharex="col", sharey="row") as (figure, panels):
         for axes, f in zip(panels.flat, found, strict=True):
             colour = COLOURS[list(OPTIMIZERS).index(f.optimizer)]
             axes.axhline(f.threshold, color="0.6", linewidth=0.8, linestyle=":")
             axes.plot(f.rates, f.scores, "o", markersize=2.5, color=colour, alpha=0.8)
             axes.set_xscale("log")
-            axes.text(
-                0.03, 0.05, f"{f.share:.0%}", transform=axes.transAxes, color=colour, weight="bold"
-            )
-            axes.margins(y=0.12)
+            axes.set_title(f"{f.share:.0%}", loc="right", color=colour, weight="bold")
         for axes, optimizer in zip(panels[0], parsed.optimizers, strict=True):
-            axes.set_title(OPTIMIZERS[optimizer])
+            axes.set_title(OPTIMIZERS[optimizer], loc="left")
         for axes, environment in zip(panels[:, 0], parsed.environments, strict=True):
             axes.set_ylabel(environment)
         figure.supxlabel("learning rate", fontsize=8)
+        figure.supylabel("mean return", fontsize=8)
 
 
 if __name__ == "__main__":
