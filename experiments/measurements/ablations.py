@@ -143,7 +143,7 @@ class Arguments:
         for name, known in (("environments", MAX_STEPS), ("ablations", ABLATIONS)):
             check_known(name, getattr(self, name), known)
         for environment in self.environments:
-            self.config(environment, ABLATIONS["nothing changed"])  # refuses what cannot be
+            self.config(environment, Ablation())  # refuses what cannot be
 
     def config(self, environment: str, ablation: Ablation) -> A3CConfig:
         """The configuration of the runs, but for the learning rate."""
@@ -181,9 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     runs_of_each = len(parsed.rates) * parsed.tuning_seeds + parsed.seeds
     with tqdm(total=len(cases) * runs_of_each, unit=" runs") as bar:
         lines = [play(parsed, *case, run_dir / "scores.jsonl", bar) for case in cases]
-    configs = {
-        e: parsed.config(e, ABLATIONS["nothing changed"]).as_dict() for e in parsed.environments
-    }
+    configs = {e: parsed.config(e, Ablation()).as_dict() for e in parsed.environments}
     results = {"configs": configs, "lines": [_as_dict(line) for line in lines]}
     write_json(run_dir / "ablations.json", results)
     print_table(parsed, lines)

@@ -103,7 +103,6 @@ def _steps_per_second(program: Any, seconds: float, ray: Any) -> tuple[float, li
     from experiments.measurements import timing
 
     _, rows = timing.train_for(program, seconds, ray=ray)
-    rows = [row for row in rows if row["environment_steps"] > 0]
     first, last = rows[0], rows[-1]
     played = last["environment_steps"] - first["environment_steps"]
     rows = [row for row in rows[1:] if "loss" in row]

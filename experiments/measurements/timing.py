@@ -89,16 +89,14 @@ def asynchronous(program: Program) -> Measure:
 def train_for(
     program: Program, seconds: float, *, ray: Any = None
 ) -> tuple[TrainResult, list[dict[str, Any]]]:
-    """Trains for about so many seconds after the first steps. Returns the result, and the rows that a sink receives."""
+    """Trains for about so many seconds after the first steps. Returns the result, and the rows that a sink receives since then."""
     rows: list[dict[str, Any]] = []
-    begins: list[float] = []
 
     def on_progress(row: dict[str, Any]) -> None:
-        rows.append(row)
         if row["environment_steps"] > 0:
-            begins.append(row["seconds"])
-        if begins and row["seconds"] > begins[0] + seconds:
-            raise _TimeIsUp
+            rows.append(row)
+            if row["seconds"] > rows[0]["seconds"] + seconds:
+                raise _TimeIsUp
 
     try:
         train(program.replace(max_steps=10**12), on_progress=on_progress, interval=0.25, ray=ray)
