@@ -18,6 +18,7 @@ from a3c_jax.blueprint import make_blueprint
 from experiments.measurements import (
     breakdown,
     convolutions,
+    host_throughput,
     networks,
     reproduction,
     scaling,
@@ -250,6 +251,32 @@ def test_the_scaling_leaves_everything_in_its_run_folder(tmp_path, capsys):
     output = capsys.readouterr().out
     for word in ("envs", "t_max", "width", "2 workers", str(folder)):
         assert word in output
+
+
+@pytest.mark.slow
+def test_the_speed_on_the_host_is_counted_from_the_first_steps_on(tmp_path, capsys):
+    sizes = [
+        *TINY,
+        "--environment",
+        "gymnasium:CartPole-v1",
+        "--torso",
+        "mlp",
+        "--workers",
+        "1",
+        "3",
+    ]
+    short = ["--rounds", "1", "--seconds", "0.6", "--run-dir", str(tmp_path / "run")]
+    folder = host_throughput.main([*sizes, *short])
+    check_picture(folder / "timeline.png")
+    found = json.loads((folder / "host_throughput.json").read_text())
+    assert set(found["parts"]) == set(host_throughput.PARTS) and min(found["parts"].values()) > 0
+    assert {workers: len(shares) for workers, shares in found["shares"].items()} == {"1": 1, "3": 3}
+    for run in found["runs"].values():
+        (one,) = run["rounds"]
+        assert 0.6 < one["seconds"] < 60
+        assert one["environment_steps"] == 8 * one["updates"]  # 2 environments x 4 steps
+        assert 0 < one["cpu_seconds"] <= 1.1 * timing.available_cores() * one["seconds"]
+    assert "3 workers: " in capsys.readouterr().out
 
 
 @pytest.mark.slow

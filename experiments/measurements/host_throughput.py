@@ -2,8 +2,8 @@
 
 It measures the parts of a worker's segment alone, one after the other in one thread: the environments with given actions, the
 choice of actions, the gradient of a segment, the update. As many workers as there are cores could play so many steps a second if
-none of them ever waited: the *bound*. Then it runs A3C with one worker and with the most, and shows the share of the bound that it
-reaches, what each worker's time goes into, and a picture of that, `timeline.png` in the run folder. All options of
+none of them ever waited: the *bound*. Then it runs A3C with one worker, with one for each core, one more and twice as many, in turn, and shows the share
+of the bound that they reach, what each worker's time goes into, and a picture of that, `timeline.png` in the run folder. All options of
 `experiments.atari` change what is measured, for instance `--environment ale:breakout`, or
 `--environment gymnasium:LunarLander-v3 --torso mlp`.
 """
@@ -11,9 +11,7 @@ reaches, what each worker's time goes into, and a picture of that, `timeline.png
 import contextlib
 import dataclasses
 import functools
-import resource
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +27,8 @@ from experiments.run_folder import make_run_dir, write_json
 
 PARTS = ("environments", "act", "learn", "update")
 
+_COUNTED = ("seconds", "environment_steps", "updates", "cpu_seconds", "context_switches")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
@@ -36,9 +36,11 @@ class Arguments:
 
     config: Annotated[A3CConfig, tyro.conf.arg(name="")] = atari.settings("ale:pong")
     rounds: int = 5
-    """How often the runs with one and with all workers are measured, in turn."""
+    """How often the runs are measured, in turn."""
     seconds: float = 10.0
     """About how long each run takes."""
+    workers: tuple[int, ...] = (1, available_cores(), available_cores() + 1, 2 * available_cores())
+    """With how many workers to measure, in place of `--num-workers`."""
     run_dir: Path | None = None
     """Folder for the results, which must not exist yet. By default a new one under runs/."""
 
@@ -49,23 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         parsed = parse("measurements.host_throughput", Arguments, __doc__, arguments)
         from experiments.measurements import breakdown, timing
 
-        timing.check(parsed, [(parsed.config.num_workers, 1, 1)])
+        timing.check(parsed, [(workers, 1, 1) for workers in parsed.workers])
         run_dir = make_run_dir("host-throughput", parsed.run_dir)
         config = dataclasses.replace(parsed.config, learning_rate_schedule="constant")
         traced = Traced(config)
     found: dict[str, Any] = {"surroundings": timing.surroundings(), "config": config.as_dict()}
     found["parts"] = parts = measure_parts(traced)
     found["bound"] = bound = available_cores() * 1e6 / sum(parts.values())
-    most = config.num_workers
-    runs = {w: functools.partial(traced.run, w) for w in sorted({1, most})}
+    runs = {w: functools.partial(traced.run, w) for w in sorted(set(parsed.workers))}
     measured = timing.interleave(runs, parsed.rounds, parsed.seconds)
     found["runs"] = {w: timing.summarize(measured[w]) for w in runs}
-    traced.run(most, parsed.seconds)
-    lanes = dict(sorted(traced.trace.workers.items()))
-    found["shares"] = {name: breakdown.shares(calls) for name, calls in lanes.items()}
-    breakdown.draw(
-        run_dir / "timeline.png", {(most, config.envs_per_worker, config.t_max): lanes}, 3
-    )
+    lanes: dict[tuple[int, int, int], Any] = {}
+    found["shares"] = {}
+    for workers, run in runs.items():
+        run(parsed.seconds)
+        calls = dict(sorted(traced.trace.workers.items()))
+        found["shares"][workers] = {name: breakdown.shares(spans) for name, spans in calls.items()}
+        lanes[workers, config.envs_per_worker, config.t_max] = calls
+    breakdown.draw(run_dir / "timeline.png", lanes, 3)
     write_json(run_dir / "host_throughput.json", found)
     _print(config, found, bound)
     print(f"\nrun folder: {run_dir}")
@@ -114,21 +117,15 @@ class Traced:
         return player
 
     def run(self, workers: int, seconds: float) -> Any:
-        """Trains for about so many seconds. The clock runs from the first gradients on, when all environments are made."""
+        """Trains for about so many seconds. The clock runs from the first steps on, when all environments are made."""
         from experiments.measurements import timing
 
         self.trace.workers.clear()
-        usage, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        result, _ = timing.train_for(self.program.replace(num_workers=workers), seconds)
-        used = timing.used_since(usage)
-        ends = sorted(end for calls in self.trace.workers.values() for _, end in calls["learn"])
+        result, rows = timing.train_for(self.program.replace(num_workers=workers), seconds)
+        first, last = rows[0], rows[-1]
         return timing.Measurement(
-            (ends[-1] - ends[0]) / 1e9,
-            (len(ends) - 1) * self.program.config.steps_per_update,
-            len(ends) - 1,
-            float(result.schedule.staleness.mean()),
-            used[0] * (ends[-1] - ends[0]) / 1e9 / (time.perf_counter() - began),
-            used[1],
+            **{name: last[name] - first[name] for name in _COUNTED},
+            staleness=float(result.schedule.staleness.mean()),
         )
 
 
@@ -175,8 +172,9 @@ def _print(config: A3CConfig, found: dict[str, Any], bound: float) -> None:
             f"{rate['median'] / bound:.2f} of the bound, {summary['cores_used']:.2f} cores used, "
             f"staleness {summary['staleness']:.2f}"
         )
-    for name, shares in found["shares"].items():
-        print(f"  {name}: " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
+        for name, shares in found["shares"][workers].items():
+            parts = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+            print(f"  {name}: {parts}")
 
 
 if __name__ == "__main__":

@@ -89,12 +89,19 @@ def asynchronous(program: Program) -> Measure:
 def train_for(
     program: Program, seconds: float, *, ray: Any = None
 ) -> tuple[TrainResult, list[dict[str, Any]]]:
-    """Trains for about so many seconds after the first steps. Returns the result, and the rows that a sink receives since then."""
+    """Trains for about so many seconds after the first steps.
+
+    Returns:
+      The result, and the rows that a sink receives since the first steps, with `cpu_seconds` and `context_switches` besides.
+      There are two of them at least.
+    """
     rows: list[dict[str, Any]] = []
+    usage = resource.getrusage(resource.RUSAGE_SELF)
 
     def on_progress(row: dict[str, Any]) -> None:
         if row["environment_steps"] > 0:
-            rows.append(row)
+            cpu_seconds, switches = used_since(usage)
+            rows.append(row | {"cpu_seconds": cpu_seconds, "context_switches": switches})
             if row["seconds"] > rows[0]["seconds"] + seconds:
                 raise _TimeIsUp
 
