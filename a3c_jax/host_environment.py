@@ -43,7 +43,8 @@ class HostEnvironment:
       observation_space: the space of one observation.
       observation_shape: the shape of one observation; a dict or tuple of shapes for a Dict or Tuple space.
       life_loss: whether losing a life, by `info["lives"]`, counts as a termination for learning.
-      step_seconds: how many seconds one step or reset may take before the worker fails; None waits for ever.
+      step_seconds: how many seconds one step or reset may take before the worker fails, and the making of one copy; None waits
+        for ever.
       marks_beginnings: whether some steps only begin the next episode (`a3c_jax.rollout.Trajectory.valid_tm1`).
     """
 
@@ -197,12 +198,13 @@ class HostEnvironment:
         """Makes copies of the environment for a block, and closes them at its end. Takes what `make` takes.
 
         Raises:
-          TimeoutError: in the block, from a step or a reset that takes longer than `step_seconds`.
+          TimeoutError: from a step or a reset in the block that takes longer than `step_seconds`, or if to make the copies takes
+            `num_envs` times as long.
         """
         live = Live()
         make = functools.partial(self.make, num_envs, entropy)
-        live.player = live.call(make, self.name, self.step_seconds)
         try:
+            live.call(lambda: live.open(make, num_envs), self.name, self.step_seconds)
             yield WatchedPlayer(live, self.name, self.step_seconds)
         finally:
             live.close()

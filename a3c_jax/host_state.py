@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -39,17 +39,27 @@ class Live:
         self.clock = 0
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._since: float | None = None  # when the step began that is going on
-        self._is_stuck = False
+        self._block: _Block | None = None  # the one that is going on
+        self._stuck_in: _Block | None = None
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Marks the block as one step of the environments, whose time is limited."""
-        self._since = time.monotonic()
+    def watched(self, steps: int = 1, name: str = "a step") -> Iterator[None]:
+        """Marks the block as one that may take as long as so many steps of the environments."""
+        self._block = _Block(time.monotonic(), steps, name)
         try:
             yield
         finally:
-            self._since = None
+            self._block = None
+
+    def open(self, make: Callable[[], VectorPlayer], num_envs: int) -> None:
+        """Makes the environments. Each of them may take as long as a step. Call it in their thread, by `call`."""
+        with self.watched(num_envs, f"making {num_envs} copies"):
+            self.player = make()
+        if self._stuck_in is not None:  # nobody waits for them any more
+            player, self.player = self.player, None
+            if player is not None:
+                player.close()
+            raise TimeoutError("the environments were given up before they were made.")
 
     def call(self, function: Callable[[], T], name: str, step_seconds: float | None) -> T:
         """Calls a function in the thread of the environments.
@@ -57,13 +67,13 @@ class Live:
         Args:
           function: what to call.
           name: the environment's, for the error message.
-          step_seconds: how long a watched block may take; None sets no limit.
+          step_seconds: how long a step in a watched block may take; None sets no limit.
 
         Raises:
-          TimeoutError: if a watched block takes longer. The thread is given up, and with it all calls to come. If
+          TimeoutError: if a watched block takes longer than its steps may. The thread is given up, and with it all calls to come. If
             the block ever ends, the environments are closed.
         """
-        if self._thread is None and not self._is_stuck:
+        if self._thread is None and self._stuck_in is None:
             whose = threading.current_thread().name
             self._thread = threading.Thread(
                 target=_work, args=(self._tasks,), name=f"{whose}-environments", daemon=True
@@ -74,10 +84,10 @@ class Live:
         self._tasks.put((function, done))
         while True:
             patience = self._patience(step_seconds)
-            if self._is_stuck:
+            if (stuck := self._stuck_in) is not None:
                 raise TimeoutError(
-                    f"environment {name!r} has not returned from a step for {step_seconds:g} s; if it may take so "
-                    "long, make it with a larger step_seconds."
+                    f"environment {name!r} has not returned from {stuck.name} for {stuck.steps * (step_seconds or 0):g} s; "
+                    "if it may take so long, make it with a larger step_seconds."
                 )
             try:
                 result, error = done.get(timeout=patience)
@@ -100,17 +110,25 @@ class Live:
             thread.join(timeout=_CLOSE_SECONDS)
 
     def _patience(self, step_seconds: float | None) -> float | None:
-        """How long the step that is going on may still take."""
-        since = self._since
-        if step_seconds is None or since is None:
+        """How long the block that is going on may still take."""
+        block = self._block
+        if step_seconds is None or block is None:
             return step_seconds
-        left = since + step_seconds - time.monotonic()
-        if left <= 0 and self._since == since:
-            self._is_stuck = True
+        left = block.since + block.steps * step_seconds - time.monotonic()
+        if left <= 0 and self._block is block:
+            self._stuck_in = block
             if self.player is not None:
                 self.player.end_processes()
             self.close(wait=False)
         return max(left, 0.001)
+
+
+class _Block(NamedTuple):
+    """Something that environments do and whose time is limited: since when, how many steps it counts as, what it is called."""
+
+    since: float
+    steps: int
+    name: str
 
 
 class WatchedPlayer:

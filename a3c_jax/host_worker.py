@@ -255,7 +255,9 @@ class CompiledHostStep:
             episode_length=np.asarray(state.episode_length),
         )
         if live.player is None:
-            live.player = self._environment.make(num_envs, state.environment.entropy)
+            make = functools.partial(self._environment.make, num_envs, state.environment.entropy)
+            live.open(make, num_envs)
+        assert live.player is not None
         begins = bool((state.environment.episode < 0).all())
         if not begins and self._put_back(live, state):
             return state

@@ -197,6 +197,9 @@ class Hang:
         assert self.may.wait(60)
         return method(*arguments, **options)
 
+    def making(self, num_envs):
+        return self(make_vector, "sync", "Disabled", Stairs, num_envs)
+
 
 @pytest.mark.parametrize(("method", "call"), [("step", 30), ("reset", 0), ("reset", 1)])
 def test_a_worker_whose_environment_hangs_is_given_up(method, call):
@@ -219,6 +222,23 @@ def test_a_worker_whose_environment_hangs_is_given_up(method, call):
     finally:
         hang.may.set()
     # If it returns after all, it is closed, and its thread ends; see the fixture.
+
+
+def test_the_making_of_environments_has_as_many_times_the_limit_as_there_are_copies():
+    program(small(), IMPATIENT)
+    hang = Hang()
+    GAME.fault, GAME.made = ("make", hang.making, 0, 0), 0
+    began = time.monotonic()
+    try:
+        with pytest.raises(
+            WorkerError, match="'Stairs' has not returned from making 2 copies for 0.6 s; if it may"
+        ):
+            train(small(num_workers=1), IMPATIENT)
+        assert 0.6 <= time.monotonic() - began < 20
+        assert len(live_threads()) == 1
+    finally:
+        hang.may.set()
+    # What is made after all is closed, and its thread ends; see the fixture.
 
 
 def test_an_environment_that_hangs_while_it_is_put_back_is_given_up(tmp_path):
@@ -255,12 +275,14 @@ def test_a_state_whose_environments_hung_is_of_no_use_any_more_but_a_copy_of_it_
         built.release([state, copy, another])
 
 
-@pytest.mark.parametrize("method", ["step", "reset"])
-def test_an_environment_that_hangs_in_an_evaluation_is_given_up(method):
+@pytest.mark.parametrize(
+    ("method", "what"), [("step", "a step"), ("reset", "a step"), ("make", "making 3 copies")]
+)
+def test_an_environment_that_hangs_in_an_evaluation_is_given_up(method, what):
     hang, policy = Hang(), random_policy(IMPATIENT)
-    GAME.fault = (method, hang, "all", 0)
+    GAME.fault = (method, hang.making if method == "make" else hang, "all", 0)
     try:
-        with pytest.raises(TimeoutError, match="'Stairs' has not returned from a step for 0.3 s"):
+        with pytest.raises(TimeoutError, match=f"'Stairs' has not returned from {what}"):
             evaluate(policy, None, IMPATIENT, jax.random.key(0), 3)
     finally:
         hang.may.set()
