@@ -3,10 +3,12 @@
 It imports nothing of this project: `python peer_agents.py sb3 LunarLander-v3 16 5 10` prints environment steps per second.
 """
 
+import multiprocessing
 import sys
 import tempfile
 import time
 import warnings
+from typing import Any
 
 warnings.filterwarnings("ignore")
 
@@ -73,16 +75,29 @@ def pfrl_a3c(game: str, num_processes: int, t_max: int, seconds: float) -> float
         model, optimizer, t_max=t_max, gamma=0.99, beta=1e-2, max_grad_norm=40.0,
         phi=lambda x: np.asarray(x, dtype=np.float32) / 255,
     )  # fmt: skip
-    began = time.time()
+    # Like ours, the clock runs while all processes play.
+    began, ended = multiprocessing.Value("d", 0.0), multiprocessing.Value("d", 0.0)
+    played, enough = multiprocessing.Value("q", 0), multiprocessing.Event()
 
-    steps = int(seconds * 600)
+    def count(env: Any, agent: Any, step: int) -> None:
+        with played.get_lock():
+            now = time.perf_counter()
+            if step < first:
+                began.value = now
+            elif not enough.is_set():
+                played.value, ended.value = played.value + 1, now
+                if now > began.value + seconds:
+                    enough.set()
+
+    first = 100 * num_processes
     with tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(1)
         pfrl.experiments.train_agent_async(
             agent=agent, outdir=folder, processes=num_processes, make_env=lambda *_, **__: Game(), profile=False,
-            steps=steps, eval_interval=None, random_seeds=list(range(num_processes)),
+            steps=10**9, eval_interval=None, random_seeds=list(range(num_processes)), global_step_hooks=[count],
+            stop_event=enough,
         )  # fmt: skip
-    return steps / (time.time() - began)
+    return float(played.value / (ended.value - began.value))
 
 
 if __name__ == "__main__":
