@@ -142,7 +142,18 @@ def test_rates_are_chosen_by_other_seeds_than_those_reported():
     assert len(seen[1]) == 3 * 4  # what both panels show is simulated once
 
 
-def test_equal_scores_choose_the_smaller_rate():
+@pytest.mark.parametrize(
+    ("scores", "rate"),
+    [
+        ((500.0, 500.0), 0.01),
+        ((496.0, 500.0), 0.01),
+        ((494.0, 500.0), 0.1),
+        ((500.0, 90.0), 0.01),
+        ((-100.5, -100.0), 0.01),
+        ((-102.0, -100.0), 0.1),
+    ],
+)
+def test_the_smallest_rate_of_those_that_are_as_good_is_chosen(scores, rate):
     arguments = Arguments(delays=(0,), rates=(0.1, 0.01), seeds=2, tuning_seeds=1)
-    points = staleness.evaluate(arguments, ADAM, invented, np.full((1, 2, 1), 500.0))
-    assert {p["learning_rate"] for p in points} == {0.01}
+    points = staleness.evaluate(arguments, ADAM, invented, np.array(scores).reshape(1, 2, 1))
+    assert {p["learning_rate"] for p in points} == {rate}

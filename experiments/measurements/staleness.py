@@ -4,11 +4,11 @@ Every update of a run is computed from the parameters of d updates ago (`a3c_jax
 optimizer and each algorithm. No thread runs: many seeds and learning rates are simulated side by side (`a3c_jax.make_simulation`).
 
 The score of a run is the mean return of the episodes that ended in the last tenth of its updates, and of its last 100
-episodes if fewer ended there. First, seeds that
-are not reported choose learning rates by their mean score: for each line of the picture the best one at the smallest
-delay, and the best one at each delay. Then fresh seeds are scored with both. Shown are their interquartile mean and a 95 %
-interval from a bootstrap over the seeds. It prints the table, and leaves `staleness.json`, `staleness.png` and
-`staleness.pdf` in its run folder. A command that was killed goes on if it is given again with its `--run-dir`.
+episodes if fewer ended there. First, seeds that are not reported choose learning rates by their mean score: for each line of
+the picture the best one at the smallest delay, and the best one at each delay. Of rates whose scores are within 1 % of the
+best, which ten seeds cannot tell apart, the smallest is taken. Then fresh seeds are scored with both. Shown are their
+interquartile mean and a 95 % interval from a bootstrap over the seeds. It prints the table, and leaves `staleness.json`,
+`staleness.png` and `staleness.pdf` in its run folder. A command that was killed goes on if it is given again with its `--run-dir`.
 """
 
 import dataclasses
@@ -45,6 +45,9 @@ RATES: dict[str, tuple[float, ...]] = {
     "momentum": (3e-3, 1e-2, 3e-2, 1e-1),  # its steps add up to ten times the rate
 }
 """Learning rates to choose from."""
+
+NEARLY = 0.01
+"""Share of the best score by which another rate's may be lower and yet count as good."""
 
 PANELS = {
     "fixed": "learning rate chosen without delay",
@@ -174,10 +177,16 @@ def tune(parsed: Arguments, line: Line, score: Score) -> np.ndarray:
     return score(runs).reshape(len(parsed.delays), len(rates), len(seeds))
 
 
+def choose_rate(rates: Sequence[float], scores: np.ndarray) -> float:
+    """The smallest of the rates, which rise, whose scores are within 1 % of the best one."""
+    best = scores.max()
+    return rates[int(np.argmax(scores >= best - NEARLY * abs(best)))]
+
+
 def evaluate(parsed: Arguments, line: Line, score: Score, tuning: np.ndarray) -> list[Point]:
     """Scores fresh seeds with the learning rates that `tuning` chose."""
     delays, rates = parsed.delays, parsed.rates_of(line.optimizer)
-    best = [rates[i] for i in tuning.mean(axis=2).argmax(axis=1)]  # the smaller one of equals
+    best = [choose_rate(rates, scores) for scores in tuning.mean(axis=2)]
     chosen = {"fixed": [best[0]] * len(delays), "own": best}
     pairs = sorted({pair for own in chosen.values() for pair in zip(delays, own, strict=True)})
     runs = [Run(d, rate, seed) for d, rate in pairs for seed in range(parsed.seeds)]
