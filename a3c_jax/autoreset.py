@@ -15,7 +15,7 @@ its own, so that it can be played again from that seed and its actions (`VectorP
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,7 +103,8 @@ class VectorPlayer:
     def step(self, action: Any) -> Stepped:
         """Applies one action to each environment, and begins the next episode where one has ended."""
         observation, reward, terminated, truncated, info = self._environment.step(action)
-        reward = np.asarray(reward, np.float32)
+        # Copies, because the environment may use its arrays again in the reset below.
+        reward = np.array(reward, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
         if not reward.shape == terminated.shape == truncated.shape == self._ended.shape:
             raise ValueError(
@@ -267,7 +268,7 @@ def _insert(observation: Any, info: dict[str, Any], ended: np.ndarray) -> Any:
     """The observations with the last ones of the ended episodes in place of the next ones' first.
 
     `info["final_obs"]` is dense, like `observation`, or an array of N objects, of which those of the ended episodes
-    are like one observation.
+    are like one observation. They may have dicts and lists of other kinds than `observation`, and keys that it has not.
     """
     if "final_obs" not in info:
         raise ValueError(
@@ -277,7 +278,15 @@ def _insert(observation: Any, info: dict[str, Any], ended: np.ndarray) -> Any:
     final = info["final_obs"]
     copied = jax.tree.map(np.array, observation)
 
-    def put(x: np.ndarray, n: Any, last: Any) -> None:
+    def put(x: Any, n: Any, last: Any) -> None:
+        if isinstance(x, Mapping):
+            for key, part in x.items():
+                put(part, n, last[key])
+            return
+        if isinstance(x, tuple):
+            for part, last_part in zip(x, last, strict=True):
+                put(part, n, last_part)
+            return
         if np.shape(x[n]) != np.shape(last):
             raise ValueError(
                 f"info['final_obs'] must hold observations of the shape {list(x.shape[1:])}, got another one; a wrapper "
@@ -287,7 +296,7 @@ def _insert(observation: Any, info: dict[str, Any], ended: np.ndarray) -> Any:
 
     if isinstance(final, np.ndarray) and final.dtype == object:
         for n in np.flatnonzero(ended):
-            jax.tree.map(lambda x, y, n=n: put(x, n, y), copied, final[n])
+            put(copied, n, final[n])
     else:
-        jax.tree.map(lambda x, y: put(x, ended, y[ended]), copied, final)
+        put(copied, ended, jax.tree.map(lambda x: x[ended], final))
     return copied

@@ -69,8 +69,8 @@ class A3CConfig:
         and count it. It never reaches the parameters.
       torso: First part of the network: mlp flattens the observation; conv is one 3x3 convolution followed by
         dense layers, as in MinAtar's paper; atari is the paper's two convolutions followed by dense layers, for
-        up to 4 frames [frames, height, width]; auto takes conv for images of 10x10, atari for frames of at least
-        36x36, and mlp otherwise.
+        frames [frames, height, width] or [height, width, colours]; auto takes conv for images of 10x10, atari for
+        up to 16 frames of at least 36x36, and mlp otherwise.
       hidden_sizes: Width of each dense hidden layer.
       activation: Non-linearity of the hidden layers. The article and the paper use relu.
       shared_torso: Let actor and critic share the hidden layers, as in the paper, instead of having separate

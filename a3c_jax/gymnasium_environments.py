@@ -80,7 +80,9 @@ def _make_vector(base: str, params: dict[str, Any], num_envs: int) -> Any:
     spec, options = gymnasium.spec(base), dict(params)
     mode = options.get("vectorization_mode")
     if mode == "vector_entry_point" or (mode is None and spec.vector_entry_point):
-        return gymnasium.make_vec(base, num_envs, **options)
+        # ale-py's clips rewards if it is not told otherwise.
+        unclipped = {"reward_clipping": False} if spec.namespace == "ALE" else {}
+        return gymnasium.make_vec(base, num_envs, **unclipped | options)
     kwargs = {"autoreset_mode": AutoresetMode.DISABLED} | options.pop("vector_kwargs", {})
     return gymnasium.make_vec(base, num_envs, vector_kwargs=kwargs, **options)
 
@@ -104,13 +106,14 @@ def _ale_maker(name: str, module: str, base: str, params: dict[str, Any]) -> Cal
     size = options.pop("size", 84)
     options = {"img_height": size, "img_width": size} | options
     accepted = {*inspect.signature(AtariVectorEnv).parameters} - {
-        "game", "num_envs", "reward_clipping", "autoreset_mode", "batch_size", "life_loss_info",
+        "game", "num_envs", "reward_clipping", "autoreset_mode", "batch_size", "life_loss_info", "episodic_life",
     }  # fmt: skip
     unknown = sorted({*options} - accepted)
     if unknown:
         raise ValueError(
             f"environment {name!r} takes size, life_loss, step_seconds, {', '.join(sorted(accepted))}, got "
-            f"{', '.join(unknown)}; leave it out."
+            f"{', '.join(unknown)}; "
+            + ("use life_loss." if unknown == ["episodic_life"] else "leave it out.")
         )
     game, arguments = known[_plain(base)], _ALE_OPTIONS | options
     _check_ale(name, arguments)

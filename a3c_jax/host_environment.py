@@ -76,6 +76,10 @@ class HostEnvironment:
             raise ValueError(
                 f"step_seconds of environment {name!r} must be a positive number or None, got {step_seconds!r}; use 60.0."
             )
+        if not isinstance(life_loss, bool):
+            raise ValueError(
+                f"life_loss of environment {name!r} must be True or False, got {life_loss!r}."
+            )
         self.name, self.action_bounds = name, action_bounds
         self.life_loss, self.step_seconds = life_loss, step_seconds
         self._object = environment if hasattr(environment, "reset") else None
@@ -223,7 +227,8 @@ class HostEnvironment:
           ValueError: if they are not what the space says.
         """
         encoded, num_envs = self.encode(player.begin(episode)), len(episode)
-        expected = jax.tree.leaves(self.observation_example())
+        example = self.observation_example()
+        expected = jax.tree.leaves(example)
         for found, one in zip(jax.tree.leaves(encoded), expected, strict=True):
             shape = (num_envs, *one.shape)
             if found.shape != shape or not np.can_cast(found.dtype, one.dtype, "same_kind"):
@@ -231,7 +236,7 @@ class HostEnvironment:
                     f"environment {self.name!r} must show observations like its space, {one.dtype}{[*shape]}, got "
                     f"{found.dtype}{[*found.shape]}; correct its space or its observations."
                 )
-        return encoded
+        return jax.tree.map(lambda x, one: x.astype(one.dtype, copy=False), encoded, example)
 
     def decode(self, action: np.ndarray) -> Any:
         """Actions of a policy, `[N]` or `[N, D]`, as the environment's own.

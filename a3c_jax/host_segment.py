@@ -102,6 +102,11 @@ class HostSegment:
                     f"an environment must show observations of shape {[*to.shape[1:]]} after a step, as after a reset, got "
                     f"{[*x.shape]}; correct its step."
                 )
+            if x.dtype != to.dtype and not np.can_cast(x.dtype, to.dtype, "same_kind"):
+                raise ValueError(
+                    f"an environment must show observations of {to.dtype} after a step, as its space says, got {x.dtype}; "
+                    "correct its space or its step."
+                )
             to[self._t] = x
 
     def _tree(self, leaves: list[np.ndarray]) -> Any:

@@ -13,7 +13,7 @@ from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorica
 from a3c_jax.networks import NetworkFunctions, network_functions
 from a3c_jax.normalization import is_shape
 from a3c_jax.protocol import Environment
-from a3c_jax.torsos import SMALLEST_FRAME
+from a3c_jax.torsos import SMALLEST_FRAME, frames_first
 
 Array = jax.Array
 
@@ -37,12 +37,14 @@ def check_torso(config: A3CConfig, environment: Environment) -> None:
             "A3CConfig.torso must be 'mlp' or 'auto' unless observations are images [height, width, channels] "
             f"of at least 3x3, got 'conv' for observations of shape {shape}; use 'auto'."
         )
-    are_frames = is_shape(shape) and len(shape) == 3 and min(shape[1:]) >= SMALLEST_FRAME
+    are_frames = (
+        is_shape(shape) and len(shape) == 3 and min(frames_first(shape)[1:]) >= SMALLEST_FRAME
+    )
     if config.torso == "atari" and not are_frames:
         raise ValueError(
-            "A3CConfig.torso must be 'mlp' or 'auto' unless observations are [frames, height, width] of at least "
-            f"{SMALLEST_FRAME}x{SMALLEST_FRAME} pixels, got 'atari' for observations of shape {shape}; use 'auto', "
-            "or bring the frames to the front."
+            "A3CConfig.torso must be 'mlp' or 'auto' unless observations are [frames, height, width] or [height, width, "
+            f"colours] of at least {SMALLEST_FRAME}x{SMALLEST_FRAME} pixels, got 'atari' for observations of shape {shape}; "
+            "use 'auto'."
         )
 
 

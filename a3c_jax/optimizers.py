@@ -129,7 +129,9 @@ def explain_nonfinite(gradients: Any) -> str:
         highest = float(jnp.max(jnp.abs(leaf)))  # NaN if there is one
         if not math.isfinite(highest):
             sent, remedy = (
-                ("segment", "correct the environment, or ") if is_segment else ("gradients", "")
+                ("segment", "correct the environment, or ")
+                if is_segment
+                else ("gradients", "look whether the environment shows or pays one, ")
             )
             return (
                 f"has a NaN or an infinity in its {sent}, in {name!r}; {remedy}lower the learning rate, or clip the "

@@ -25,22 +25,29 @@ def choose_torso(observation_shape: Any) -> str:
     """The torso that `auto` stands for: `conv` for MinAtar's images, `atari` for frames of a game, otherwise `mlp`.
 
     Args:
-      observation_shape: the shape of one observation, or a tree of shapes. Frames are `(frames, height, width)`, up
-        to 4 of at least 36x36 pixels.
+      observation_shape: the shape of one observation, or a tree of shapes. Frames are `(frames, height, width)` or
+        `(height, width, colours)`, up to 16 of at least 36x36 pixels.
     """
     if not is_shape(observation_shape) or len(observation_shape) != 3:
         return "mlp"
     if observation_shape[:2] == (10, 10):
         return "conv"
-    frames, height, width = observation_shape
-    return "atari" if frames <= 4 and min(height, width) >= 36 else "mlp"
+    frames, height, width = frames_first(observation_shape)
+    return "atari" if frames <= 16 and min(height, width) >= 36 else "mlp"
+
+
+def frames_first(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`(frames, height, width)` of an image, which may have its frames or colours behind height and width."""
+    is_last = min(shape[1:]) < SMALLEST_FRAME <= min(shape[:2])
+    return (shape[2], *shape[:2]) if is_last else tuple(shape)
 
 
 class MLP(nn.Module):
     """A multilayer perceptron that flattens each observation first.
 
     An observation that is a dict or a tuple of arrays is flattened leaf by leaf, and the leaves are
-    concatenated in the order of `jax.tree.leaves`: a dict's by their sorted names.
+    concatenated in the order of `jax.tree.leaves`: a dict's by their sorted names. Images of bytes, two of whose
+    dimensions are at least 20, are divided by 255.
 
     Attributes:
       hidden_sizes: width of each layer.
@@ -62,11 +69,17 @@ class MLP(nn.Module):
         flat = []
         for leaf, ndim in zip(leaves, ndims, strict=True):
             batch, shape = leaf.shape[: leaf.ndim - ndim], leaf.shape[leaf.ndim - ndim :]
-            flat.append(leaf.reshape(*batch, math.prod(shape)).astype(jnp.float32))
+            x = leaf.reshape(*batch, math.prod(shape)).astype(jnp.float32)
+            flat.append(x / 255 if _are_pixels(leaf.dtype, shape) else x)
         x = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=-1)
         for size in self.hidden_sizes:
             x = self.activation(nn.Dense(size, kernel_init=_TORSO_INIT)(x))
         return x
+
+
+def _are_pixels(dtype: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape is an image of bytes, not a small grid of numbers."""
+    return dtype == jnp.uint8 and sum(size >= SMALLEST_FRAME for size in shape) >= 2
 
 
 class ConvolutionParameters(nn.Module):
@@ -137,15 +150,18 @@ class Atari(nn.Module):
     def __call__(self, observation: Array) -> Array:
         """Maps frames `[..., frames, height, width]`, usually uint8, to `[..., hidden_sizes[-1]]` float32.
 
+        An image whose frames or colours come last, `[..., height, width, colours]`, is taken as well.
+
         Raises:
           ValueError: if the frames are too small for the convolutions.
         """
         batch, frames = observation.shape[:-3], observation.shape[-3:]
+        if len(frames) == 3 and frames_first(frames) != frames:
+            observation, frames = jnp.moveaxis(observation, -1, -3), frames_first(frames)
         if len(frames) < 3 or min(frames[1:]) < SMALLEST_FRAME:
             raise ValueError(
                 f"observations must be [..., frames, height, width] of at least {SMALLEST_FRAME}x{SMALLEST_FRAME} "
-                f"pixels for the torso 'atari', got shape {observation.shape}; use the torso 'mlp', or bring the "
-                "frames to the front."
+                f"pixels for the torso 'atari', got shape {observation.shape}; use the torso 'mlp'."
             )
         layers = [  # parameters and stride
             (ConvolutionParameters(16, 8, name="Conv_0")(frames[0]), 4),

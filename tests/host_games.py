@@ -71,7 +71,7 @@ class Stairs(gymnasium.Env):
 class Vector:
     """A vector environment that has nothing of Gymnasium's but the interface, in any mode.
 
-    All arrays that it returns are its own, and change in the next step.
+    All arrays that it returns are its own, and change in the next step or reset.
 
     Args:
       make: makes a single environment.
@@ -97,7 +97,8 @@ class Vector:
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         for n in np.flatnonzero(mask):
             self.now[n], _ = self.envs[n].reset(seed=None if seed is None else seed + int(n))
-            self.ended[n] = False
+            self.ended[n] = self.terminated[n] = self.truncated[n] = False
+            self.reward[n] = 0
         return self._together(self.now, self.observation), {}
 
     def step(self, actions):

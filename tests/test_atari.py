@@ -68,6 +68,7 @@ def test_games_are_found_however_their_names_are_written(name):
         ("", r"must name a game of ale-py, got 'ale:'"),
         ("Pong?frame_skip=2", r"takes size, life_loss, step_seconds, .*frameskip.*, got frame_skip; leave"),
         ("Pong?reward_clipping=True", r"got reward_clipping; leave it out"),
+        ("Pong?episodic_life=True", r"got episodic_life; use life_loss"),
         ("Pong?autoreset_mode='SameStep'", r"got autoreset_mode; leave it out"),
         ("Pong?frameskip=0", r"frameskip of environment .* must be an integer of at least 1, got 0"),
         ("Pong?img_width='a'", r"img_width of environment .* must be an integer of at least 1, got 'a'"),
@@ -115,8 +116,9 @@ def test_continuous_actions_are_played():
 # What is played
 
 
-def test_rewards_are_the_game_s_own():
-    rewards = [s.reward for s in list(play(make("ale:SpaceInvaders?size=42"), 150, 4))[1:]]
+@pytest.mark.parametrize("name", ["ale:SpaceInvaders?size=42", "gymnasium:ALE/SpaceInvaders-v5"])
+def test_rewards_are_the_game_s_own(name):
+    rewards = [s.reward for s in list(play(make(name), 150, 4))[1:]]
     assert set(np.unique(rewards)) - {0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 200.0} == set()
     assert np.max(rewards) >= 5.0
 

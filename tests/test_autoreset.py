@@ -1,5 +1,7 @@
 """Vector environments in all three ways to begin the next episode, against single environments played by hand."""
 
+import collections
+
 import jax
 import numpy as np
 import pytest
@@ -314,6 +316,26 @@ def test_a_vector_that_withholds_the_last_observation_is_refused():
         ValueError, match=r"in info\['final_obs'\], got only \['final_observation'\]; give"
     ):
         list(play(player, actions_of(6)))
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple"])
+def test_last_observations_may_be_in_other_containers_than_the_space_s(form):
+    class Loose(Stairs):
+        def observe(self):
+            shown = super().observe()
+            if form == "tuple":
+                return list(shown)
+            return collections.OrderedDict(reversed(shown.items()), more=np.zeros(7))
+
+    same, loose = (
+        play(
+            VectorPlayer(make_vector("sync", "SameStep", lambda k=k: k(form), N), (1,)),
+            actions_of(0),
+        )
+        for k in (Stairs, Loose)
+    )
+    for (_, one), (_, other) in zip(same, loose, strict=True):
+        assert_same(one.final_observation, other.final_observation)
 
 
 def test_a_reset_that_does_not_look_at_its_mask_is_refused():

@@ -33,6 +33,7 @@ from a3c_jax import (
     random_policy,
     sampled_policy,
 )
+from a3c_jax.asynchrony import evaluation
 from a3c_jax.environments import HostEnvironment
 
 # One object each, so that each program is built once.
@@ -239,6 +240,17 @@ def test_greedy_and_sampled_policies_act_as_they_say():
     np.testing.assert_allclose(greedy.returns[:32], returns, rtol=1e-5)
     np.testing.assert_array_equal(greedy.lengths, sampled.lengths)  # which depend on seeds alone
     assert (greedy.returns != sampled.returns).any()
+
+
+def test_an_evaluation_that_may_never_end_says_so(monkeypatch):
+    environment = HostEnvironment("Stairs", lambda n: make_vector("sync", "Disabled", Stairs, n))
+    arguments = random_policy(environment), None, environment, jax.random.key(0), 8
+    monkeypatch.setattr(evaluation, "_MANY_STEPS", 3)
+    with pytest.warns(RuntimeWarning, match="after 3 steps .* environment 'Stairs' have not ended"):
+        evaluate(*arguments)
+    monkeypatch.setattr(evaluation, "_MANY_STEPS", 5)  # which are the longest
+    with warnings.catch_warnings(action="error"):
+        evaluate(*arguments)
 
 
 def test_an_evaluation_that_fails_closes_its_environments():

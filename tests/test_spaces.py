@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from gymnasium import Env, spaces
 from gymnasium.vector import SyncVectorEnv
-from host_games import Worker
+from host_games import Vector, Worker
 
-from a3c_jax import A3CConfig
+from a3c_jax import A3CConfig, WorkerError, train
 from a3c_jax.distributions import Categorical
 from a3c_jax.environments import HostEnvironment
 
@@ -387,6 +387,45 @@ def test_large_integers_do_not_wrap_around(space, dtype):
     seen = environment.encode({"a": np.stack([space.low, space.high]), "b": np.array([0, 1])})["a"]
     assert seen.dtype == dtype == environment.observation_example()["a"].dtype
     np.testing.assert_array_equal(seen, np.stack([space.low, space.high]).astype(dtype))
+
+
+class Other(Shows):
+    """Says that it shows integers, and shows those that it is told to show after a reset and after a step."""
+
+    first, then = np.int32([1, 2]), np.int32([3, 4])
+
+    def __init__(self):
+        super().__init__(spaces.Box(-9, 9, (2,), np.int32))
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed) and (self.first, {})
+
+    def step(self, action):
+        return (self.then, *super().step(action)[1:])
+
+
+def test_observations_of_a_narrower_kind_are_taken_and_others_refused_after_a_step_as_well(
+    monkeypatch,
+):
+    class Bare(Vector):
+        def _together(self, observations, out):
+            return np.stack(observations)  # Gymnasium's own vectors make the space's dtype of it
+
+    environment = HostEnvironment("Other", lambda num_envs: Bare(Other, num_envs))
+    config = A3CConfig(**SMALL, max_steps=12)
+    monkeypatch.setattr(Other, "first", np.int8([1, 2]))
+    assert train(config, environment=environment).version == 1
+    monkeypatch.setattr(Other, "then", np.float32([0.75, 2]))
+    with pytest.raises(
+        WorkerError, match="must show observations of int32 after a step, .* got float"
+    ):
+        train(config, environment=environment)
+
+
+@pytest.mark.parametrize("loss", ["no", 1, None])
+def test_life_loss_is_true_or_false(loss):
+    with pytest.raises(ValueError, match="life_loss of environment 'Shows' must be True or False"):
+        host(life_loss=loss)
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, "a", True, np.nan])

@@ -1,6 +1,7 @@
 """Worker threads: an exact budget, prompt ends, no thread left behind, a schedule that replays."""
 
 import itertools
+import os
 import signal
 import threading
 import time
@@ -493,6 +494,20 @@ def test_threads_without_a_state_or_a_second_run_are_refused():
     threads.run()
     with pytest.raises(RuntimeError, match="have run already"):
         threads.run()
+
+
+def test_an_error_that_comes_with_ctrl_c_is_its_consequence():
+    def step(params, state):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise BrokenPipeError("a process of the environment has got Ctrl-C as well")
+
+    threads = WorkerThreads(step, make_store(), [0])
+    with usual_ctrl_c(), pytest.raises(KeyboardInterrupt) as caught:
+        threads.run()
+    assert caught.value.args == (signal.SIGINT,)
+    assert isinstance(caught.value.__cause__, WorkerError)
+    assert isinstance(caught.value.__cause__.__cause__, BrokenPipeError)
+    assert_no_worker_is_alive()
 
 
 def test_ctrl_c_is_noticed_even_where_python_drops_exceptions():

@@ -10,7 +10,7 @@ import pytest
 from a3c_jax import A3CConfig, train
 from a3c_jax.networks import ActorCritic
 from a3c_jax.protocol import Transition
-from a3c_jax.torsos import Atari, Conv, Trunk, choose_torso, subtract_background
+from a3c_jax.torsos import MLP, Atari, Conv, Trunk, choose_torso, subtract_background
 
 INIT = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
@@ -211,8 +211,10 @@ def test_floats_are_not_scaled():
         ((1, 36, 42), "atari"),
         ((4, 35, 84), "mlp"),
         ((4, 84, 35), "mlp"),
-        ((5, 84, 84), "mlp"),
-        ((84, 84, 4), "mlp"),
+        ((16, 84, 84), "atari"),
+        ((17, 84, 84), "mlp"),
+        ((84, 96, 3), "atari"),
+        ((35, 84, 3), "mlp"),
         ((10, 10, 4), "conv"),
         ((10, 10, 36), "conv"),
         ((84, 84), "mlp"),
@@ -226,7 +228,33 @@ def test_auto_takes_the_torso_for_the_shape_of_observations(shape, torso):
     assert choose_torso(shape) == torso
 
 
-@pytest.mark.parametrize("shape", [(2, 84, 84, 4), (2, 4, 19, 84), (84, 84)], ids=str)
+def test_an_image_with_its_colours_last_is_the_same_as_with_them_first():
+    network = Atari((8,), nn.relu)
+    first = np.random.default_rng(0).integers(0, 256, (5, 3, 40, 44)).astype(np.uint8)
+    params = network.init(jax.random.key(0), first)
+    last = np.moveaxis(first, 1, -1)
+    chex.assert_trees_all_equal(params, network.init(jax.random.key(0), last))
+    chex.assert_trees_all_equal(network.apply(params, first), network.apply(params, last))
+    assert np.ptp(network.apply(params, first)) > 0
+
+
+def test_a_multilayer_perceptron_scales_images_of_bytes_and_nothing_else():
+    def layers(observation, ndim):
+        network = MLP((4,), jnp.tanh, ndim)
+        return network.apply(network.init(jax.random.key(0), observation), observation)
+
+    draw = np.random.default_rng(0)
+    for shape in [(20, 20, 3), (3, 20, 20), (2, 20, 20, 3), (20, 20)]:
+        image = draw.integers(0, 256, (2, *shape)).astype(np.uint8)
+        floats = image.astype(np.float32) / 255
+        chex.assert_trees_all_equal(layers(image, len(shape)), layers(floats, len(shape)))
+    for shape, dtype in [((19, 20, 3), np.uint8), ((400,), np.uint8), ((20, 20), np.int32)]:
+        grid = draw.integers(0, 3, (2, *shape)).astype(dtype)
+        floats = grid.astype(np.float32)
+        chex.assert_trees_all_equal(layers(grid, len(shape)), layers(floats, len(shape)))
+
+
+@pytest.mark.parametrize("shape", [(2, 84, 84, 4, 3), (2, 4, 19, 84), (84, 84)], ids=str)
 def test_observations_that_are_no_frames_are_refused(shape):
     network = ActorCritic(2, torso="atari")
     with pytest.raises(ValueError, match=r"at least 20x20 .*got shape \(.*; use the torso 'mlp'"):

@@ -1,6 +1,7 @@
 """Evaluation: whole episodes by a fixed policy, apart from training and with a key of its own."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ Array = jax.Array
 
 _ON_HOST_AT_A_TIME = 32
 """How many environments on the host are evaluated side by side."""
+
+_MANY_STEPS = 100_000
+"""Steps of episodes on the host after which a warning says that they may never end."""
 
 
 class Policy(NamedTuple):
@@ -201,4 +205,11 @@ def _run_episodes_on_host(
                 lengths[group] += running
                 running &= ~(stepped.terminated | stepped.truncated)
                 observation, step = environment.encode(stepped.observation), step + 1
+                if step == _MANY_STEPS and running.any():
+                    warnings.warn(
+                        f"after {step:,} steps of an evaluation some episodes of environment {environment.name!r} have not "
+                        "ended; if they never do, give it a time limit, as by gymnasium's max_episode_steps.",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
     return Evaluation(returns[:num_episodes], lengths[:num_episodes])

@@ -142,10 +142,11 @@ class WorkerThreads:
                 self.stop()
                 for thread in started:
                     thread.join()
+        if noted:
+            # An error may be a consequence: Ctrl-C in a terminal reaches the processes of environments as well.
+            raise KeyboardInterrupt(noted[0]) from self._error
         if self._error is not None:
             raise self._error
-        if noted:
-            raise KeyboardInterrupt(noted[0])
 
     def stop(self) -> None:
         """Asks every thread to end after the segment that it is playing. Any thread may call this."""
