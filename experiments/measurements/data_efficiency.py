@@ -339,6 +339,9 @@ def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> N
                     parsed.workers, value, style, color=colour, markersize=4, label=_name(method)
                 )
                 axes.fill_between(parsed.workers, low, high, color=colour, alpha=0.15, linewidth=0)
+                for p, y in zip(own, value, strict=True):
+                    if max(p.steps if threads and p.steps else p.simulated) >= parsed.max_steps:
+                        axes.plot(p.workers, y, style[0], color=colour, mfc="white", markersize=4)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
             axes.set_xticks(parsed.workers, [str(workers) for workers in parsed.workers])

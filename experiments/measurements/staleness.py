@@ -69,6 +69,8 @@ class Arguments:
     """Learning rates to choose from, the same for all optimizers. By default each has its own four."""
     seeds: int = 10
     """Number of seeds reported for each point."""
+    first_seed: int = 0
+    """The first of these seeds."""
     tuning_seeds: int = 10
     """Number of other seeds, which choose the learning rates."""
     environment: str = "CartPole-v1"
@@ -189,13 +191,14 @@ def evaluate(parsed: Arguments, line: Line, score: Score, tuning: np.ndarray) ->
     best = [choose_rate(rates, scores) for scores in tuning.mean(axis=2)]
     chosen = {"fixed": [best[0]] * len(delays), "own": best}
     pairs = sorted({pair for own in chosen.values() for pair in zip(delays, own, strict=True)})
-    runs = [Run(d, rate, seed) for d, rate in pairs for seed in range(parsed.seeds)]
+    seeds = range(parsed.first_seed, parsed.first_seed + parsed.seeds)
+    runs = [Run(d, rate, seed) for d, rate in pairs for seed in seeds]
     scores = dict(zip(pairs, score(runs).reshape(len(pairs), parsed.seeds), strict=True))
     scored = {}
     for pair, returns in scores.items():
-        seeds, mean, interval = summarize(returns)
+        each, mean, interval = summarize(returns)
         low, high = interval or (None, None)
-        scored[pair] = {"returns": seeds, "mean": mean, "low": low, "high": high}
+        scored[pair] = {"returns": each, "mean": mean, "low": low, "high": high}
     return [
         line._asdict() | {"panel": panel, "delay": d, "learning_rate": rate} | scored[d, rate]
         for panel, own in chosen.items()
