@@ -49,6 +49,14 @@ RATES: dict[str, tuple[float, ...]] = {
 NEARLY = 0.01
 """Share of the best score by which another rate's may be lower and yet count as good."""
 
+SPELLED_OUT = {
+    "a3c": "A3C",
+    "a3c?learns_at_newest=True": "A3C's loss at the newest parameters",
+    "vtrace": "V-trace",
+    "ppo": "PPO's clipped loss",
+}
+"""What algorithms are called in the picture."""
+
 PANELS = {
     "fixed": "learning rate chosen without delay",
     "own": "learning rate chosen at each delay",
@@ -244,7 +252,8 @@ def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> N
                     strict=True,
                 )
                 colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-                label = name_line(parsed, line)
+                name = name_line(parsed, line)
+                label = SPELLED_OUT.get(name, name)
                 axes.plot(x, mean, style, markersize=4, linewidth=1.4, color=colour, label=label)
                 if None not in low:
                     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -256,7 +265,9 @@ def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> N
             axes.grid(axis="y", color="0.92", linewidth=0.8)
         panels[0].set_ylabel("final return (IQM)")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False
+        )
 
 
 if __name__ == "__main__":
