@@ -131,7 +131,7 @@ def explain_nonfinite(gradients: Any) -> str:
             sent, remedy = (
                 ("segment", "correct the environment, or ")
                 if is_segment
-                else ("gradients", "look whether the environment shows or pays one, ")
+                else ("gradients", "correct the environment if it shows or pays one, or ")
             )
             return (
                 f"has a NaN or an infinity in its {sent}, in {name!r}; {remedy}lower the learning rate, or clip the "
