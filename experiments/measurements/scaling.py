@@ -7,6 +7,7 @@ disturb each other. It leaves `scaling.json` and `scaling.png` in its run folder
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,20 +123,20 @@ def draw(path: Path, sweeps: dict[str, Lines], rates: dict[Point, dict[str, floa
     """Draws steps per second over one factor at a time, on logarithmic axes."""
     import matplotlib.pyplot as plt
 
+    from experiments.measurements.simulated import COLOURS, STYLES
     from experiments.measurements.timing import error_bars, tidy
 
     figure, grid = plt.subplots(2, 2, figsize=(11, 8), sharey=True, layout="constrained")
     for axes, (factor, lines) in zip(grid.ravel(), sweeps.items(), strict=True):
         axis, title = AXES[factor]
-        for index, (label, points) in enumerate(lines.items()):
+        looks = zip(itertools.cycle(COLOURS), itertools.cycle(STYLES), strict=False)
+        for (colour, style), (label, points) in zip(looks, lines.items(), strict=False):
             x = [point[axis] for point in points]
             medians, errors = error_bars([rates[point] for point in points])
-            axes.errorbar(
-                x, medians, yerr=errors, marker="o", capsize=3, color=f"C{index}", label=label
-            )
+            axes.errorbar(x, medians, errors, fmt=style, capsize=3, color=colour, label=label)
             if factor == "workers":
                 busy = np.minimum(x, available_cores())
-                axes.plot(x, medians[0] * busy / busy[0], ":", color=f"C{index}")
+                axes.plot(x, medians[0] * busy / busy[0], ":", color=colour)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(x, [f"{value:,}" for value in x])
