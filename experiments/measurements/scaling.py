@@ -143,7 +143,9 @@ def draw(path: Path, sweeps: dict[str, Lines], rates: dict[Point, dict[str, floa
         axes.set_xlabel(title)
         axes.set_ylabel("environment steps per second")
         tidy(axes, "y")
-        axes.legend(frameon=False, fontsize="small", ncols=2)
+        axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper left")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, 3 * top)  # room for the legends
     figure.suptitle(f"A3C on CartPole-v1, {available_cores()} cores")
     figure.savefig(path, dpi=130)
     plt.close(figure)
