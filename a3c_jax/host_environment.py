@@ -78,7 +78,7 @@ class HostEnvironment:
             )
         if not isinstance(life_loss, bool):
             raise ValueError(
-                f"life_loss of environment {name!r} must be True or False, got {life_loss!r}."
+                f"life_loss of environment {name!r} must be True or False, got {life_loss!r}; leave it out."
             )
         self.name, self.action_bounds = name, action_bounds
         self.life_loss, self.step_seconds = life_loss, step_seconds
@@ -208,7 +208,7 @@ class HostEnvironment:
         live = Live()
         make = functools.partial(self.make, num_envs, entropy)
         try:
-            live.call(lambda: live.open(make, num_envs), self.name, self.step_seconds)
+            live.call(functools.partial(live.open, make, num_envs), self.name, self.step_seconds)
             yield WatchedPlayer(live, self.name, self.step_seconds)
         finally:
             live.close()

@@ -40,7 +40,7 @@ class Live:
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._block: _Block | None = None  # the one that is going on
-        self._stuck_in: _Block | None = None
+        self._stuck_in: str | None = None  # what they did not return from
 
     @contextlib.contextmanager
     def watched(self, steps: int = 1, name: str = "a step") -> Iterator[None]:
@@ -54,12 +54,11 @@ class Live:
     def open(self, make: Callable[[], VectorPlayer], num_envs: int) -> None:
         """Makes the environments. Each of them may take as long as a step. Call it in their thread, by `call`."""
         with self.watched(num_envs, f"making {num_envs} copies"):
-            self.player = make()
+            player = make()
         if self._stuck_in is not None:  # nobody waits for them any more
-            player, self.player = self.player, None
-            if player is not None:
-                player.close()
+            player.close()
             raise TimeoutError("the environments were given up before they were made.")
+        self.player = player
 
     def call(self, function: Callable[[], T], name: str, step_seconds: float | None) -> T:
         """Calls a function in the thread of the environments.
@@ -84,10 +83,10 @@ class Live:
         self._tasks.put((function, done))
         while True:
             patience = self._patience(step_seconds)
-            if (stuck := self._stuck_in) is not None:
+            if self._stuck_in is not None:
                 raise TimeoutError(
-                    f"environment {name!r} has not returned from {stuck.name} for {stuck.steps * (step_seconds or 0):g} s; "
-                    "if it may take so long, make it with a larger step_seconds."
+                    f"environment {name!r} has not returned from {self._stuck_in}; if it may take so long, make it with "
+                    "a larger step_seconds."
                 )
             try:
                 result, error = done.get(timeout=patience)
@@ -114,9 +113,10 @@ class Live:
         block = self._block
         if step_seconds is None or block is None:
             return step_seconds
-        left = block.since + block.steps * step_seconds - time.monotonic()
+        limit = block.steps * step_seconds
+        left = block.since + limit - time.monotonic()
         if left <= 0 and self._block is block:
-            self._stuck_in = block
+            self._stuck_in = f"{block.name} for {limit:g} s"
             if self.player is not None:
                 self.player.end_processes()
             self.close(wait=False)

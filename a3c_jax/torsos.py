@@ -155,9 +155,10 @@ class Atari(nn.Module):
         Raises:
           ValueError: if the frames are too small for the convolutions.
         """
-        batch, frames = observation.shape[:-3], observation.shape[-3:]
-        if len(frames) == 3 and frames_first(frames) != frames:
-            observation, frames = jnp.moveaxis(observation, -1, -3), frames_first(frames)
+        batch, image = observation.shape[:-3], observation.shape[-3:]
+        frames = frames_first(image) if len(image) == 3 else image
+        if frames != image:
+            observation = jnp.moveaxis(observation, -1, -3)
         if len(frames) < 3 or min(frames[1:]) < SMALLEST_FRAME:
             raise ValueError(
                 f"observations must be [..., frames, height, width] of at least {SMALLEST_FRAME}x{SMALLEST_FRAME} "

@@ -228,7 +228,7 @@ def test_a_convolution_over_vectors_is_refused():
 @pytest.mark.parametrize("environment", ["CartPole-v1", "Breakout-MinAtar"])
 def test_the_atari_network_is_refused_unless_there_are_frames_large_enough(environment):
     refused(
-        r"A3CConfig\.torso must be .*\[frames, height, width\] or .* of at least 20x20 pixels, got 'atari' for "
+        r"A3CConfig\.torso must be .*\[frames, height, width\] or \[height, width, colours\] of at least 20x20 pixels, got 'atari' for "
         r"observations of shape \(.*\); use 'auto'",
         environment=environments.make(environment),
         torso="atari",

@@ -276,7 +276,12 @@ def test_a_state_whose_environments_hung_is_of_no_use_any_more_but_a_copy_of_it_
 
 
 @pytest.mark.parametrize(
-    ("method", "what"), [("step", "a step"), ("reset", "a step"), ("make", "making 3 copies")]
+    ("method", "what"),
+    [
+        ("step", "a step for 0.3 s"),
+        ("reset", "a step for 0.3 s"),
+        ("make", "making 3 copies for 0.9 s"),
+    ],
 )
 def test_an_environment_that_hangs_in_an_evaluation_is_given_up(method, what):
     hang, policy = Hang(), random_policy(IMPATIENT)

@@ -255,18 +255,9 @@ def test_the_scaling_leaves_everything_in_its_run_folder(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_speed_on_the_host_is_counted_from_the_first_steps_on(tmp_path, capsys):
-    sizes = [
-        *TINY,
-        "--environment",
-        "gymnasium:CartPole-v1",
-        "--torso",
-        "mlp",
-        "--workers",
-        "1",
-        "3",
-    ]
-    short = ["--rounds", "1", "--seconds", "0.6", "--run-dir", str(tmp_path / "run")]
-    folder = host_throughput.main([*sizes, *short])
+    game = ["--environment", "gymnasium:CartPole-v1", "--torso", "mlp"]
+    short = ["--workers", "1", "3", "--rounds", "1", "--seconds", "0.6"]
+    folder = host_throughput.main([*TINY, *game, *short, "--run-dir", str(tmp_path / "run")])
     check_picture(folder / "timeline.png")
     found = json.loads((folder / "host_throughput.json").read_text())
     assert set(found["parts"]) == set(host_throughput.PARTS) and min(found["parts"].values()) > 0

@@ -116,7 +116,8 @@ class WorkerThreads:
 
         Raises:
           WorkerError: if a worker failed; the first exception is its cause.
-          KeyboardInterrupt: on Ctrl-C or SIGTERM, with the signal's number as its argument.
+          KeyboardInterrupt: on Ctrl-C or SIGTERM, with the signal's number as its argument, and the error of a worker, if
+            one failed as well, as its cause.
           RuntimeError: if the threads have run before.
         """
         if self._finished.is_set():

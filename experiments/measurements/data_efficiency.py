@@ -128,6 +128,10 @@ class Point(NamedTuple):
     seconds: list[float] | None
     staleness: list[float] | None
 
+    def steps_in(self, threads: bool) -> list[float]:
+        """Environment steps of the runs in threads, if there were any, or of the simulated ones."""
+        return self.steps if threads and self.steps else self.simulated
+
 
 Threaded = tuple[list[float], list[float], list[float]]
 """The columns of a point that threads fill."""
@@ -272,7 +276,7 @@ def gain(points: Sequence[Point], point: Point, threads: bool) -> Gain:
     """What a point's workers changed, in threads or simulated."""
     first = next(p for p in points if p.method == point.method)
     if point is first:  # its own quotient would get an interval, because both sides are drawn anew
-        steps = point.steps if threads and point.steps else point.simulated
+        steps = point.steps_in(threads)
         same = Value(1.0, 1.0, 1.0)
         return Gain(quotient(steps, np.ones(len(steps)).tolist()), same, same)
     one = np.ones(len(point.simulated)).tolist()
@@ -303,7 +307,7 @@ def print_table(parsed: Arguments, points: Sequence[Point]) -> None:
             * threads
         )
         for p in points:
-            steps = (p.steps if threads else p.simulated) or []
+            steps = p.steps_in(threads)
             solved = sum(step < parsed.max_steps for step in steps)
             found = gain(points, p, threads)
             rate = ""
@@ -340,7 +344,7 @@ def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> N
                 )
                 axes.fill_between(parsed.workers, low, high, color=colour, alpha=0.15, linewidth=0)
                 for p, y in zip(own, value, strict=True):
-                    if max(p.steps if threads and p.steps else p.simulated) >= parsed.max_steps:
+                    if max(p.steps_in(threads)) >= parsed.max_steps:
                         axes.plot(p.workers, y, style[0], color=colour, mfc="white", markersize=4)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)

@@ -2,8 +2,9 @@
 
 It measures the parts of a worker's segment alone, one after the other in one thread: the environments with given actions, the
 choice of actions, the gradient of a segment, the update. As many workers as there are cores could play so many steps a second if
-none of them ever waited: the *bound*. Then it runs A3C with one worker, with one for each core, one more and twice as many, in turn, and shows the share
-of the bound that they reach, what each worker's time goes into, and a picture of that, `timeline.png` in the run folder. All options of
+none of them ever waited: the *bound*. Then it runs A3C with one worker, with one for each core, one more and twice as many, in
+turn, and shows the share of the bound that they reach, what each worker's time goes into, and a picture of that, `timeline.png`
+in the run folder. All options of
 `experiments.atari` change what is measured, for instance `--environment ale:breakout`, or
 `--environment gymnasium:LunarLander-v3 --torso mlp`.
 """

@@ -78,6 +78,7 @@ def pfrl_a3c(game: str, num_processes: int, t_max: int, seconds: float) -> float
     # Like ours, the clock runs while all processes play.
     began, ended = multiprocessing.Value("d", 0.0), multiprocessing.Value("d", 0.0)
     played, enough = multiprocessing.Value("q", 0), multiprocessing.Event()
+    first = 100 * num_processes
 
     def count(env: Any, agent: Any, step: int) -> None:
         with played.get_lock():
@@ -89,7 +90,6 @@ def pfrl_a3c(game: str, num_processes: int, t_max: int, seconds: float) -> float
                 if now > began.value + seconds:
                     enough.set()
 
-    first = 100 * num_processes
     with tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(1)
         pfrl.experiments.train_agent_async(

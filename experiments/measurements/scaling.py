@@ -7,7 +7,6 @@ disturb each other. It leaves `scaling.json` and `scaling.png` in its run folder
 """
 
 import dataclasses
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,8 +128,8 @@ def draw(path: Path, sweeps: dict[str, Lines], rates: dict[Point, dict[str, floa
     figure, grid = plt.subplots(2, 2, figsize=(11, 8), sharey=True, layout="constrained")
     for axes, (factor, lines) in zip(grid.ravel(), sweeps.items(), strict=True):
         axis, title = AXES[factor]
-        looks = zip(itertools.cycle(COLOURS), itertools.cycle(STYLES), strict=False)
-        for (colour, style), (label, points) in zip(looks, lines.items(), strict=False):
+        for index, (label, points) in enumerate(lines.items()):
+            colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
             x = [point[axis] for point in points]
             medians, errors = error_bars([rates[point] for point in points])
             axes.errorbar(x, medians, errors, fmt=style, capsize=3, color=colour, label=label)

@@ -265,9 +265,7 @@ def draw(paths: Sequence[Path], parsed: Arguments, points: Sequence[Point]) -> N
             axes.grid(axis="y", color="0.92", linewidth=0.8)
         panels[0].set_ylabel("final return (IQM)")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False
-        )
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
 
 
 if __name__ == "__main__":
