@@ -81,6 +81,8 @@ class Arguments:
     """Number of seeds of each agent in each game."""
     max_steps: int = 5_000_000
     """Environment steps of each run."""
+    num_workers: int = 2
+    """Number of workers of this project's agents."""
     rules: Literal["gymnax", "original"] = "gymnax"
     """Whose rules the games have. The original ones are for this project's agents only."""
     python: Path | None = None
@@ -89,7 +91,7 @@ class Arguments:
     """Folder for the results. By default a new one under runs/. If it holds the same command's, that one goes on."""
 
     def __post_init__(self) -> None:
-        check(self, "agents", "games", seeds=2, max_steps=1)
+        check(self, "agents", "games", seeds=2, max_steps=1, num_workers=1)
         check_known("agents", self.agents, AGENTS)
         check_known("games", self.games, minatar.PRESETS)
         theirs = [agent for agent in self.agents if agent not in OWN]
@@ -172,7 +174,8 @@ def own_command(parsed: Arguments, game: str, agent: str, seed: int) -> list[str
     command = [sys.executable, "-m", "experiments.minatar", "--preset", game, *OWN[agent]]
     if parsed.rules == "original":
         command += ["--environment", minatar.PRESETS[game].environment + ORIGINAL[game]]
-    command += ["--seed", str(seed), "--max-steps", str(parsed.max_steps)]
+    options = {"seed": seed, "max-steps": parsed.max_steps, "num-workers": parsed.num_workers}
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return [*command, "--no-progress", "--no-compilation-cache"]
 
 
