@@ -79,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     panels = {}
     for name, groups in environments.items():
-        reference = (YOUNG_AND_TIAN[name], "AC(0.8)") if name in YOUNG_AND_TIAN else None
+        reference = (
+            (YOUNG_AND_TIAN[name], "Young & Tian, AC(0.8)") if name in YOUNG_AND_TIAN else None
+        )
         panels[name] = Panel({label: group.runs for label, group in groups.items()}, reference)
         for label, group in groups.items():
             print(f"{name}, {label}" if label else name)

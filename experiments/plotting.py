@@ -162,7 +162,7 @@ def _draw_group(
     """Draws the runs of a group, and what they reached together as far as the shortest of them goes."""
     lines = np.array([mean_in_intervals(run, edges) for run in runs])
     together = aggregate(lines)
-    legend = "1 run" if len(runs) == 1 else f"{together.name} of {len(runs)} runs"
+    legend = "1 run" if len(runs) == 1 else f"{together.name} of {len(runs)} runs (thin: each)"
     if together.interval is not None:
         legend += ", 95 % interval"
         axes.fill_between(edges[1:], *together.interval, color=colour, alpha=0.2, linewidth=0)

@@ -277,7 +277,7 @@ def test_a_band_is_drawn_for_three_runs_and_the_legend_says_what_the_line_is():
     assert labels[:2] == ["1 run", "A: mean of 2 runs"]
     first, *rest = labels[2].split("\n")
     assert first == "long words long words long words long words long"
-    assert " ".join(rest).endswith(": IQM of 3 runs, 95 % interval")
+    assert " ".join(rest).endswith(": IQM of 3 runs (thin: each), 95 % interval")
     plt.close(figure)
 
 

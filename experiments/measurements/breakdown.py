@@ -113,7 +113,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(path: Path, timelines: dict[Any, dict[str, Calls]], num_steps: int = 4) -> None:
-    """Draws a lane for each worker, about `num_steps` steps long, from the middle of each run."""
+    """Draws a lane for each worker, about `num_steps` of the slowest steps long, from the middle of each run."""
     names = list(next(iter(next(iter(timelines.values())).values())))
     first = "learn" if "learn" in names else "step"
     figure, panels = plt.subplots(
@@ -121,9 +121,15 @@ def draw(path: Path, timelines: dict[Any, dict[str, Calls]], num_steps: int = 4)
         figsize=(9, 1 + sum(1.2 + 0.4 * len(lanes) for lanes in timelines.values())),
         height_ratios=[2 + len(lanes) for lanes in timelines.values()],
     )  # fmt: skip
-    for axes, ((workers, envs, t_max), lanes) in zip(panels[:, 0], timelines.items(), strict=True):
-        steps = [np.array(calls[first]) for calls in lanes.values()]
-        length = num_steps * max(float(np.ptp(s)) / len(s) for s in steps)
+    starts = {
+        case: [np.array(calls[first]) for calls in lanes.values()]
+        for case, lanes in timelines.items()
+    }
+    for axes, (case, lanes) in zip(panels[:, 0], timelines.items(), strict=True):
+        (workers, envs, t_max), steps = case, starts[case]
+        # Equal segments are drawn to the same scale, however many workers play them.
+        alike = [s for other, group in starts.items() if other[1:] == case[1:] for s in group]
+        length = num_steps * max(float(np.ptp(s)) / len(s) for s in alike)
         unit, unit_name = (1e6, "milliseconds") if length > 1e7 else (1e3, "microseconds")
         begin = float(np.median(np.concatenate([s[:, 0] for s in steps])))
         for lane, calls in enumerate(lanes.values()):

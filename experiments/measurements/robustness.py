@@ -216,7 +216,7 @@ def draw(paths: Sequence[Path], parsed: Arguments, found: Sequence[Found]) -> No
     with drawing(paths, rows, columns, size, sharex="col", sharey="row") as (figure, panels):
         for axes, f in zip(panels.flat, found, strict=True):
             colour = COLOURS[list(OPTIMIZERS).index(f.optimizer)]
-            axes.axhline(f.threshold, color="0.6", linewidth=0.8, linestyle=":")
+            line = axes.axhline(f.threshold, color="0.6", linewidth=0.8, linestyle=":")
             axes.plot(f.rates, f.scores, "o", markersize=2.5, color=colour, alpha=0.8)
             axes.set_xscale("log")
             axes.set_title(f"{f.share:.0%}", loc="right", color=colour, weight="bold")
@@ -226,6 +226,8 @@ def draw(paths: Sequence[Path], parsed: Arguments, found: Sequence[Found]) -> No
             axes.set_ylabel(environment)
         figure.supxlabel("learning rate", fontsize=8)
         figure.supylabel("mean return", fontsize=8)
+        meaning = "nine tenths of the way to the best run of its row; the share of runs that reach it is above each panel"
+        figure.legend([line], [meaning], loc="outside upper center", frameon=False)
 
 
 if __name__ == "__main__":
