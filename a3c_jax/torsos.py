@@ -133,8 +133,8 @@ class Atari(nn.Module):
     The first convolution has 16 channels, kernels of 8x8 and stride 4, the second one 32 channels, kernels of 4x4
     and stride 2. The paper has one dense layer, of 256 units, and relu.
 
-    Before the first layer, pixels are scaled to [0, 1], and each image's background is subtracted
-    (`subtract_background`). The paper does not say how it scales pixels.
+    Before the first layer, each image's `background` is subtracted, and bytes and other integers are divided by 255. The paper does
+    not say how it scales pixels.
 
     Attributes:
       hidden_sizes: width of each dense layer.
@@ -164,15 +164,14 @@ class Atari(nn.Module):
                 f"observations must be [..., frames, height, width] of at least {SMALLEST_FRAME}x{SMALLEST_FRAME} "
                 f"pixels for the torso 'atari', got shape {observation.shape}; use the torso 'mlp'."
             )
-        layers = [  # parameters and stride
-            (ConvolutionParameters(16, 8, name="Conv_0")(frames[0]), 4),
-            (ConvolutionParameters(32, 4, name="Conv_1")(16), 2),
-        ]
+        scale = 1 / 255 if jnp.issubdtype(observation.dtype, jnp.integer) else 1.0
+        kernel_0, bias_0 = ConvolutionParameters(16, 8, name="Conv_0")(frames[0])
+        kernel_1, bias_1 = ConvolutionParameters(32, 4, name="Conv_1")(16)
 
         def convolutions(images: Array) -> Array:
-            x = jnp.moveaxis(subtract_background(images), 1, -1)
-            for (kernel, bias), stride in layers:
-                x = self.activation(_compiled.convolve(x, kernel, stride) + bias)
+            x = _compiled.convolve_frames(images, background(images), scale * kernel_0, 4)
+            x = self.activation(x + bias_0)
+            x = self.activation(_compiled.convolve(x, kernel_1, 2) + bias_1)
             return x.reshape(len(x), -1)
 
         x = _compiled.in_chunks(convolutions, observation.reshape(-1, *frames)).reshape(*batch, -1)
@@ -181,23 +180,19 @@ class Atari(nn.Module):
         return x
 
 
-def subtract_background(images: Array) -> Array:
-    """Scales bytes to [0, 1], and subtracts from each image the brightness of its background.
+def background(images: Array) -> Array:
+    """The brightness of each image's background: the median of every fourth pixel, in both directions, of its last frame.
 
-    The background is the median of every fourth pixel, in both directions, of an image's last frame. Most pixels show it, and
-    what they show says nothing. But it would move each unit of the first layer by as much, and the first steps of an
-    optimizer, which all point the same way, could switch units off for good.
+    Most pixels show it, and what they show says nothing. But it would move each unit of the first layer by as much, and the
+    first steps of an optimizer, which all point the same way, could switch units off for good. So it is subtracted.
 
     Args:
-      images: `[B, frames, height, width]` of integers up to 255, or of floats, which are not scaled.
+      images: `[B, frames, height, width]` of any dtype.
 
     Returns:
-      `[B, frames, height, width]` float32. An image of one colour becomes zero.
+      `[B]` float32.
     """
-    scale = 1 / 255 if jnp.issubdtype(images.dtype, jnp.integer) else 1.0
-    x = images.astype(jnp.float32) * scale
-    background = jnp.median(x[:, -1, ::4, ::4], axis=(1, 2))
-    return x - background[:, None, None, None]
+    return _compiled.median(images[:, -1, ::4, ::4].reshape(len(images), -1))
 
 
 class Trunk(nn.Module):

@@ -1,4 +1,4 @@
-"""Convolutions as matrix products: they are NumPy's sums and XLA's gradients, whole and in chunks."""
+"""What the networks for images are made of: NumPy's convolutions and medians and XLA's gradients, whole and in chunks."""
 
 import os
 from functools import partial
@@ -82,6 +82,50 @@ def test_it_is_numpys_sum_and_its_gradients_are_xlas(image, kernel, stride):
     chex.assert_trees_all_close(gradients, expected, rtol=1e-4, atol=1e-3)
 
 
+# Frames of bytes, whose pixels are moved four at a time: rests of rows and columns, one frame and several, any stride.
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride"),
+    [
+        ((2, 4, 84, 84), (8, 8, 4, 16), 4),
+        ((2, 3, 43, 30), (8, 4, 3, 5), 4),
+        ((2, 1, 17, 24), (16, 8, 1, 3), 8),
+        ((2, 2, 9, 13), (4, 2, 2, 3), 2),
+        ((2, 2, 9, 13), (5, 4, 2, 3), 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_frames_without_their_offsets_are_convolved_as_images_are(shape, kernel, stride, dtype):
+    frames = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), dtype)
+    offset, kernel = jnp.arange(1.0, 1 + len(frames)), normal(*kernel, seed=1)
+    x = np.moveaxis(np.float64(frames) - np.arange(1, 1 + len(frames))[:, None, None, None], 1, -1)
+
+    def found(kernel):
+        return _compiled.convolve_frames(frames, offset, kernel, stride)
+
+    expected = numpys(x, kernel, stride)
+    np.testing.assert_allclose(found(kernel), expected, rtol=1e-4, atol=0.05)
+    weights = normal(*expected.shape, seed=2)
+    gradients = [
+        jax.grad(lambda kernel, f=f: jnp.sum(weights * f(kernel)))(kernel)
+        for f in (found, lambda kernel: xlas(jnp.asarray(x, jnp.float32), kernel, stride))
+    ]
+    chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=0.1)
+    moves_bytes = dtype == np.uint8 and stride % 4 == 0 and kernel.shape[0] % stride == 0
+    assert ("bitcast_convert_type" in primitives(found, kernel)) == moves_bytes
+
+
+# One number, two, and many; rows with few different numbers, with the lowest and the highest ones only, and with all.
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 441])
+def test_the_median_of_bytes_is_numpys_without_a_sort(size):
+    x = np.random.default_rng(size).integers(0, 256, (60, size)).astype(np.uint8)
+    x[:20] %= 3
+    x[20], x[21], x[22:40] = 0, 255, np.where(x[22:40] > 127, 255, 0)
+    np.testing.assert_array_equal(jax.jit(_compiled.median)(x), np.median(x, axis=1))
+    assert "sort" not in primitives(_compiled.median, x)
+    np.testing.assert_array_equal(_compiled.median(x / 2), np.median(x / 2, axis=1))
+
+
 @pytest.mark.parametrize("side", [(5, 4), (4, 5)], ids=["height", "width"])
 def test_a_kernel_that_is_no_multiple_of_the_stride_is_left_to_xla(side):
     x, kernel = normal(2, 11, 12, 3), normal(*side, 3, 4)
@@ -100,6 +144,8 @@ def test_without_the_machine_room_all_is_left_to_xla_and_whole():
     assert found() == {"scan", "dot_general"}
     with mock.patch.dict(os.environ, A3C_JAX_PLAIN="1"):
         assert found() == {"conv_general_dilated"}
+        x = jnp.zeros((2, 9), jnp.uint8)
+        assert "sort" in primitives(_compiled.median, x)
 
 
 def test_it_can_be_mapped_compiled_and_put_into_a_loop():

@@ -72,7 +72,7 @@ are imported when gymnax first draws instead, and its own import takes a sixth o
 from collections.abc import Callable
 from typing import Any
 
-from a3c_jax._compiled.convolution import convolve, in_chunks
+from a3c_jax._compiled.convolution import convolve, convolve_frames, in_chunks
 from a3c_jax._compiled.function import (
     CompiledFunction,
     DebuggedFunction,
@@ -82,6 +82,7 @@ from a3c_jax._compiled.function import (
     packed_type,
     unpack,
 )
+from a3c_jax._compiled.medians import median
 from a3c_jax._compiled.packing import Packed
 from a3c_jax._compiled.plotting import import_gymnax
 from a3c_jax._compiled.process import debugging, enabled, prepare_process
@@ -92,9 +93,11 @@ __all__ = [
     "compile",
     "compile_for_few_calls",
     "convolve",
+    "convolve_frames",
     "enabled",
     "import_gymnax",
     "in_chunks",
+    "median",
     "packed_type",
     "prepare_process",
     "unpack",

@@ -34,47 +34,87 @@ def convolve(x: Array, kernel: Array, stride: int) -> Array:
       `[B, (H - height) // stride + 1, (W - width) // stride + 1, F]`. The image's last rows and columns are left
       out if the kernel does not come to rest on them.
     """
-    height, width = kernel.shape[:2]
-    if not process.enabled() or height % stride or width % stride:
+    if not process.enabled() or not _has_blocks(kernel, stride):
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-    return checkpoint_name(_by_products(x, kernel, stride), _KEPT)
+    batch, rows, columns, channels = x.shape
+    rows, columns = rows // stride, columns // stride
+    x = x[:, : rows * stride, : columns * stride]
+    x = x.reshape(batch, rows, stride, columns, stride, channels).transpose(0, 1, 3, 2, 4, 5)
+    weights = _blocks_of(kernel, stride)
+    return _by_product(x.reshape(batch, rows, columns, -1), weights)
 
 
-def _by_products(x: Array, kernel: Array, stride: int) -> Array:
+def convolve_frames(frames: Array, offset: Array, kernel: Array, stride: int) -> Array:
+    """The convolution of `frames - offset`, for images as most environments show them, one frame or colour after the other.
+
+    Args:
+      frames: `[B, C, H, W]`. Bytes, uint8, are fast if the stride is a multiple of 4.
+      offset: for each image, `[B]` float32.
+      kernel: the weights, `[height, width, C, F]` float32.
+      stride: by how many pixels the kernel moves on, downwards and to the right.
+
+    Returns:
+      The same as `convolve` returns for `[B, H, W, C]`.
+    """
+    is_fast = process.enabled() and frames.dtype == jnp.uint8 and stride % 4 == 0
+    if not is_fast or not _has_blocks(kernel, stride):
+        x = frames.astype(jnp.float32) - offset[:, None, None, None]
+        return convolve(jnp.moveaxis(x, 1, -1), kernel, stride)
+    batch, channels, rows, columns = frames.shape
+    rows, columns = rows // stride, columns // stride
+    x = frames[:, :, : rows * stride, : columns * stride]
+    # To put numbers into another order takes XLA longer than to multiply them. So four pixels at a time are one number.
+    x = x.reshape(batch, channels, rows, stride, columns, stride // 4, 4)
+    x = jax.lax.bitcast_convert_type(x, jnp.uint32).transpose(0, 2, 4, 1, 3, 5)
+    x = jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(batch, rows, columns, -1)
+    x = x.astype(jnp.float32) - offset[:, None, None, None]
+    weights = jnp.moveaxis(_blocks_of(kernel, stride), 4, 2)
+    return _by_product(x, weights)
+
+
+def _has_blocks(kernel: Array, stride: int) -> bool:
+    return kernel.shape[0] % stride == kernel.shape[1] % stride == 0
+
+
+def _blocks_of(kernel: Array, stride: int) -> Array:
+    """A kernel `[height, width, C, F]` as blocks `[rows, columns, stride, stride, C, F]`."""
+    height, width, *features = kernel.shape
+    blocks = kernel.reshape(height // stride, stride, width // stride, stride, *features)
+    return blocks.transpose(0, 2, 1, 3, 4, 5)
+
+
+def _by_product(x: Array, weights: Array) -> Array:
     """The convolution as one matrix product, of a kernel whose sides are multiples of the stride.
 
     Images and kernel are cut into blocks of `stride` x `stride` pixels. Wherever the kernel comes to rest, each of
     its blocks lies on a block of the image. So it is a convolution of blocks in place of pixels, with stride 1.
-    """
-    batch, _, _, channels = x.shape
-    features = kernel.shape[-1]
-    out = [(x.shape[1 + d] - kernel.shape[d]) // stride + 1 for d in range(2)]
-    size = [kernel.shape[d] // stride for d in range(2)]  # of the kernel, in blocks
-    grid = [out[d] + size[d] - 1 for d in range(2)]  # of the image, in blocks
-    places = [(i, j) for i in range(size[0]) for j in range(size[1])]
-    pixels = stride * stride * channels  # numbers in a block
 
-    x = x[:, : grid[0] * stride, : grid[1] * stride]
-    x = x.reshape(batch, grid[0], stride, grid[1], stride, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *grid, pixels)
-    weights = kernel.reshape(size[0], stride, size[1], stride, channels, features)
-    weights = weights.transpose(0, 2, 1, 3, 4, 5).reshape(len(places), pixels, features)
+    Args:
+      x: the images' blocks, `[B, rows, columns, P]` with P numbers in each.
+      weights: the kernel's blocks, `[rows, columns, ..., F]` with as many numbers in each, in the same order.
+    """
+    batch, *grid, pixels = x.shape
+    *size, features = *weights.shape[:2], weights.shape[-1]
+    out = [grid[d] - size[d] + 1 for d in range(2)]
+    places = [(i, j) for i in range(size[0]) for j in range(size[1])]
+    weights = weights.reshape(len(places), pixels, features)
 
     # The product is of two matrices, because XLA would transpose an array of more dimensions for the gradient.
     # It is taken before or after the blocks are gathered: whatever makes the smaller array.
     if pixels < features:
         gathered = [x[:, i : i + out[0], j : j + out[1]] for i, j in places]
         rows = jnp.concatenate(gathered, axis=-1).reshape(-1, len(places) * pixels)
-        return (rows @ weights.reshape(-1, features)).reshape(batch, *out, features)
+        products = rows @ weights.reshape(-1, features)
+        return checkpoint_name(products.reshape(batch, *out, features), _KEPT)
     columns = weights.transpose(1, 0, 2).reshape(pixels, -1)
     products = (x.reshape(-1, pixels) @ columns).reshape(batch, *grid, -1)
     parts = [
         products[:, i : i + out[0], j : j + out[1], n * features : (n + 1) * features]
         for n, (i, j) in enumerate(places)
     ]
-    return functools.reduce(jnp.add, parts)
+    return checkpoint_name(functools.reduce(jnp.add, parts), _KEPT)
 
 
 def in_chunks(function: Callable[[Array], Array], x: Array) -> Array:

@@ -76,11 +76,10 @@ class Whole(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        x = jnp.moveaxis(torsos.subtract_background(x), 1, -1)
-        for n, (features, size, stride) in enumerate(((16, 8, 4), (32, 4, 2))):
-            parameters = torsos.ConvolutionParameters(features, size, name=f"Conv_{n}")
-            kernel, bias = parameters(x.shape[-1])
-            x = nn.relu(_compiled.convolve(x, kernel, stride) + bias)
+        kernel, bias = torsos.ConvolutionParameters(16, 8, name="Conv_0")(x.shape[1])
+        x = nn.relu(_compiled.convolve_frames(x, torsos.background(x), kernel / 255, 4) + bias)
+        kernel, bias = torsos.ConvolutionParameters(32, 4, name="Conv_1")(16)
+        x = nn.relu(_compiled.convolve(x, kernel, 2) + bias)
         return nn.relu(nn.Dense(self.hidden_size)(x.reshape(len(x), -1)))
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from a3c_jax.networks import ActorCritic
-from a3c_jax.torsos import Trunk, subtract_background
+from a3c_jax.torsos import Trunk, background
 
 
 class MLP(nn.Module):
@@ -91,7 +91,9 @@ class Atari(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         batch, frames = x.shape[:-3], x.shape[-3:]
-        x = jnp.moveaxis(subtract_background(x.reshape(-1, *frames)), 1, -1)
+        x = x.reshape(-1, *frames)
+        x = (x - background(x)[:, None, None, None]) / 255
+        x = jnp.moveaxis(x, 1, -1)
         x = nn.relu(nn.Conv(16, (8, 8), (4, 4), padding="VALID")(x))
         x = nn.relu(nn.Conv(32, (4, 4), (2, 2), padding="VALID")(x))
         x = x.reshape(*batch, -1)
