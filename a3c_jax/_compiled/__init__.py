@@ -48,6 +48,11 @@ for images call it in place of Flax's layer. It computes a convolution as one ma
 about as fast, but not their gradient in a loop, as in a simulation: there a worker step of MinAtar takes 0.2 to 0.3
 of the time that it takes with them, and one of the paper's Atari network less than 0.1. Elsewhere it takes 0.7 to 1.
 
+**Frames** (`convolution.py` and `medians.py`; `convolve_frames` and `median`, for bytes). Environments show one frame after
+the other, and the product needs the pixels of all frames side by side. XLA takes longer to put them into this order than to
+multiply them, so four of them are moved as one number. The brightness of a background is a median, for which XLA sorts. It is
+found bit by bit instead. The forward pass of Atari's network takes half of the time with both, its gradient 0.6.
+
 **Chunks** (`convolution.py`; `in_chunks`, for more than 32 images of which equal parts of 16 to 32 can be made). The
 arrays that the gradient needs for many images fill the processor's caches many times over. And if a program needs more
 than 32 MB, the C library gives the memory back after each call, and the next one has to get it page by page from the
