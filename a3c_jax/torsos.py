@@ -181,10 +181,10 @@ class Atari(nn.Module):
 
 
 def background(images: Array) -> Array:
-    """The brightness of each image's background: the median of every fourth pixel, in both directions, of its last frame.
+    """The brightness of each image's background: the median of every fourth pixel, in both directions, of its last frame or colour.
 
-    Most pixels show it, and what they show says nothing. But it would move each unit of the first layer by as much, and the
-    first steps of an optimizer, which all point the same way, could switch units off for good. So it is subtracted.
+    Most pixels show the background, and it carries no information. But it shifts every unit of the first layer, and the first
+    updates could switch units off for good. So it is subtracted from all frames.
 
     Args:
       images: `[B, frames, height, width]` of any dtype.

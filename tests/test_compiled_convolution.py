@@ -97,8 +97,8 @@ def test_it_is_numpys_sum_and_its_gradients_are_xlas(image, kernel, stride):
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_frames_without_their_offsets_are_convolved_as_images_are(shape, kernel, stride, dtype):
     frames = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), dtype)
-    offset, kernel = jnp.arange(1.0, 1 + len(frames)), normal(*kernel, seed=1)
-    x = np.moveaxis(np.float64(frames) - np.arange(1, 1 + len(frames))[:, None, None, None], 1, -1)
+    offset, kernel = jnp.arange(len(frames)) + 0.5, normal(*kernel, seed=1)
+    x = np.moveaxis(np.float64(frames) - np.asarray(offset)[:, None, None, None], 1, -1)
 
     def found(kernel):
         return _compiled.convolve_frames(frames, offset, kernel, stride)
@@ -121,8 +121,11 @@ def test_the_median_of_bytes_is_numpys_without_a_sort(size):
     x = np.random.default_rng(size).integers(0, 256, (60, size)).astype(np.uint8)
     x[:20] %= 3
     x[20], x[21], x[22:40] = 0, 255, np.where(x[22:40] > 127, 255, 0)
-    np.testing.assert_array_equal(jax.jit(_compiled.median)(x), np.median(x, axis=1))
-    assert "sort" not in primitives(_compiled.median, x)
+    found = jax.jit(_compiled.median)(x)
+    np.testing.assert_array_equal(found, np.median(x, axis=1))
+    assert found.dtype == np.float32 and "sort" not in primitives(_compiled.median, x)
+    mapped = jax.vmap(_compiled.median)(x.reshape(3, 20, size))
+    np.testing.assert_array_equal(mapped.ravel(), found)
     np.testing.assert_array_equal(_compiled.median(x / 2), np.median(x / 2, axis=1))
 
 
@@ -146,6 +149,10 @@ def test_without_the_machine_room_all_is_left_to_xla_and_whole():
         assert found() == {"conv_general_dilated"}
         x = jnp.zeros((2, 9), jnp.uint8)
         assert "sort" in primitives(_compiled.median, x)
+        frames, offset = jnp.zeros((2, 1, 8, 8), jnp.uint8), jnp.zeros(2)
+        convolve = partial(_compiled.convolve_frames, stride=4)
+        used = primitives(convolve, frames, offset, jnp.zeros((4, 4, 1, 3)))
+        assert "conv_general_dilated" in used and "bitcast_convert_type" not in used
 
 
 def test_it_can_be_mapped_compiled_and_put_into_a_loop():

@@ -1,5 +1,7 @@
 """The convolutional torsos: the functions of plain Flax networks, whose parameters they can use."""
 
+import os
+
 import chex
 import flax.linen as nn
 import jax
@@ -178,6 +180,23 @@ def test_it_is_the_median_of_every_fourth_pixel_of_the_last_frame():
     images = np.asarray(frames(3, 4, 9, 13))
     expected = [np.median(image[3, ::4, ::4]) for image in images]
     np.testing.assert_array_equal(background(images), expected)
+
+
+@pytest.mark.skipif(
+    os.environ.get("A3C_JAX_PLAIN") == "1" or jax.default_backend() != "cpu",
+    reason="the machine room is switched off",
+)
+def test_frames_are_prepared_without_a_sort_four_bytes_at_a_time_and_once_for_the_gradient():
+    torso, images = Atari((8,), nn.relu), frames(40, 4, 24, 24)
+    params = torso.init(jax.random.key(0), images)
+
+    def loss(params):
+        return jnp.sum(torso.apply(params, images))
+
+    forward, gradient = (str(jax.make_jaxpr(f)(params)) for f in (loss, jax.grad(loss)))
+    assert " sort[" not in gradient
+    for operation in (" bitcast_convert_type[", " lt "):
+        assert 0 < gradient.count(operation) < 1.5 * forward.count(operation)
 
 
 def test_its_brightness_does_not_matter():

@@ -5,7 +5,7 @@ same, but faster. Nothing else in the package imports from inside this subpackag
 ratios are below; docs/machine-room.md has the figures, with dates, and the commands that measure them again.
 
 **Switching everything off.** With the environment variable `A3C_JAX_PLAIN=1`, `compile` is `jax.jit` on trees and nothing
-else, convolutions are XLA's, and the process is left alone. If JAX's backend is not a CPU, that holds but for two settings
+else, convolutions and medians are XLA's, and the process is left alone. If JAX's backend is not a CPU, that holds but for two settings
 of the process, which are made before the backend is known: how JAX calls a CPU, and that gymnax does not load its drawing
 libraries. Every test of the package passes then, but for the tests of this subpackage, which are skipped. Under
 `jax.disable_jit()` and `jax_debug_nans` it is off as well, and what `compile` returns keeps these settings in the threads
@@ -46,19 +46,19 @@ results are the same bit for bit.
 **Convolutions** (`convolution.py`; `convolve`, if the kernel's sides are multiples of the stride). The built-in networks
 for images call it in place of Flax's layer. It computes a convolution as one matrix product. XLA's own convolutions are
 about as fast, but not their gradient in a loop, as in a simulation: there a worker step of MinAtar takes 0.2 to 0.3
-of the time that it takes with them, and one of the paper's Atari network less than 0.1. Elsewhere it takes 0.7 to 1.
+of the time that it takes with them, and one of the paper's Atari network less than 0.1. Elsewhere it takes 0.5 to 1.2.
 
-**Frames** (`convolution.py` and `medians.py`; `convolve_frames` and `median`, for bytes). Environments show one frame after
-the other, and the product needs the pixels of all frames side by side. XLA takes longer to put them into this order than to
-multiply them, so four of them are moved as one number. The brightness of a background is a median, for which XLA sorts. It is
-found bit by bit instead. The forward pass of Atari's network takes half of the time with both, its gradient 0.6.
+**Frames** (`convolution.py` and `medians.py`; `convolve_frames` and `median`, for bytes). Atari's frames come one after the
+other, and the product needs the pixels of all frames side by side. XLA takes longer to reorder pixels than to multiply them,
+so four bytes move as one number. The brightness of a background is a median, for which XLA sorts. It is found bit by bit
+instead. The forward pass of Atari's network takes half of the time with both, its gradient 0.55.
 
 **Chunks** (`convolution.py`; `in_chunks`, for more than 32 images of which equal parts of 16 to 32 can be made). The
 arrays that the gradient needs for many images fill the processor's caches many times over. And if a program needs more
 than 32 MB, the C library gives the memory back after each call, and the next one has to get it page by page from the
 operating system. So the Atari network looks at one chunk of the images after the other. For the gradient it keeps the
-results of the convolutions, and computes again what lies between them. The gradient of 16 environments and 20 steps
-takes 0.55 of the time.
+results of the convolutions and the reordered frames, and computes again what lies between them. The gradient of 16
+environments and 20 steps takes 0.6 of the time.
 
 **Calls in the calling thread** (`process.py`; on unless `A3C_JAX_ASYNC_DISPATCH=1`). JAX hands each call on a CPU to
 another thread by default. A worker has nothing to do but wait for it, so calls are made to run in the thread that

@@ -15,8 +15,8 @@ from a3c_jax._compiled import process
 
 Array = jax.Array
 
-_KEPT = "convolution"
-"""Names what the gradient of a chunk keeps from the forward pass."""
+KEPT = "convolution"
+"""Names what the gradient of a chunk keeps from the forward pass (`jax.ad_checkpoint`)."""
 
 _SMALLEST_CHUNK = 16
 _LARGEST_CHUNK = 32
@@ -38,8 +38,8 @@ def convolve(x: Array, kernel: Array, stride: int) -> Array:
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-    batch, rows, columns, channels = x.shape
-    rows, columns = rows // stride, columns // stride
+    batch, height, width, channels = x.shape
+    rows, columns = height // stride, width // stride
     x = x[:, : rows * stride, : columns * stride]
     x = x.reshape(batch, rows, stride, columns, stride, channels).transpose(0, 1, 3, 2, 4, 5)
     weights = _blocks_of(kernel, stride)
@@ -47,10 +47,10 @@ def convolve(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def convolve_frames(frames: Array, offset: Array, kernel: Array, stride: int) -> Array:
-    """The convolution of `frames - offset`, for images as most environments show them, one frame or colour after the other.
+    """The convolution of `frames - offset`, for images whose frames or colours come first.
 
     Args:
-      frames: `[B, C, H, W]`. Bytes, uint8, are fast if the stride is a multiple of 4.
+      frames: `[B, C, H, W]`. Bytes, uint8, are fast if the stride is a multiple of 4, and the kernel's sides of the stride.
       offset: for each image, `[B]` float32.
       kernel: the weights, `[height, width, C, F]` float32.
       stride: by how many pixels the kernel moves on, downwards and to the right.
@@ -62,13 +62,14 @@ def convolve_frames(frames: Array, offset: Array, kernel: Array, stride: int) ->
     if not is_fast or not _has_blocks(kernel, stride):
         x = frames.astype(jnp.float32) - offset[:, None, None, None]
         return convolve(jnp.moveaxis(x, 1, -1), kernel, stride)
-    batch, channels, rows, columns = frames.shape
-    rows, columns = rows // stride, columns // stride
+    batch, channels, height, width = frames.shape
+    rows, columns = height // stride, width // stride
     x = frames[:, :, : rows * stride, : columns * stride]
-    # To put numbers into another order takes XLA longer than to multiply them. So four pixels at a time are one number.
+    # XLA takes longer to reorder pixels than to multiply them, so four bytes move as one number.
     x = x.reshape(batch, channels, rows, stride, columns, stride // 4, 4)
     x = jax.lax.bitcast_convert_type(x, jnp.uint32).transpose(0, 2, 4, 1, 3, 5)
     x = jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(batch, rows, columns, -1)
+    x = checkpoint_name(x, KEPT)
     x = x.astype(jnp.float32) - offset[:, None, None, None]
     weights = jnp.moveaxis(_blocks_of(kernel, stride), 4, 2)
     return _by_product(x, weights)
@@ -96,7 +97,7 @@ def _by_product(x: Array, weights: Array) -> Array:
       weights: the kernel's blocks, `[rows, columns, ..., F]` with as many numbers in each, in the same order.
     """
     batch, *grid, pixels = x.shape
-    *size, features = *weights.shape[:2], weights.shape[-1]
+    size, features = weights.shape[:2], weights.shape[-1]
     out = [grid[d] - size[d] + 1 for d in range(2)]
     places = [(i, j) for i in range(size[0]) for j in range(size[1])]
     weights = weights.reshape(len(places), pixels, features)
@@ -107,20 +108,21 @@ def _by_product(x: Array, weights: Array) -> Array:
         gathered = [x[:, i : i + out[0], j : j + out[1]] for i, j in places]
         rows = jnp.concatenate(gathered, axis=-1).reshape(-1, len(places) * pixels)
         products = rows @ weights.reshape(-1, features)
-        return checkpoint_name(products.reshape(batch, *out, features), _KEPT)
+        return checkpoint_name(products.reshape(batch, *out, features), KEPT)
     columns = weights.transpose(1, 0, 2).reshape(pixels, -1)
     products = (x.reshape(-1, pixels) @ columns).reshape(batch, *grid, -1)
     parts = [
         products[:, i : i + out[0], j : j + out[1], n * features : (n + 1) * features]
         for n, (i, j) in enumerate(places)
     ]
-    return checkpoint_name(functools.reduce(jnp.add, parts), _KEPT)
+    return checkpoint_name(functools.reduce(jnp.add, parts), KEPT)
 
 
 def in_chunks(function: Callable[[Array], Array], x: Array) -> Array:
     """Applies a function to a batch, to one chunk after the other, so that their arrays stay in the processor's cache.
 
-    The gradient keeps the results of convolutions and computes the rest again, chunk by chunk.
+    The gradient keeps the results of convolutions and of what prepares frames for them, and computes the rest again, chunk by
+    chunk.
 
     Args:
       function: a pure function from `[B, ...]` to `[B, ...]` that treats every element of the batch alike.
@@ -132,7 +134,7 @@ def in_chunks(function: Callable[[Array], Array], x: Array) -> Array:
     size = chunk_size(len(x))
     if size == len(x) or not process.enabled():
         return function(x)
-    keep = jax.checkpoint_policies.save_only_these_names(_KEPT)
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT)
     function = jax.checkpoint(function, policy=keep, prevent_cse=False)  # as its page says of loops
     y = jax.lax.map(function, x.reshape(-1, size, *x.shape[1:]))
     return y.reshape(len(x), *y.shape[2:])

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from a3c_jax._compiled import process
+from a3c_jax._compiled.convolution import KEPT
 
 Array = jax.Array
 
@@ -12,7 +14,7 @@ def median(x: Array) -> Array:
     """The median of each row, the same as `jnp.median` gives.
 
     Args:
-      x: `[B, N]`. Only bytes, uint8, are fast.
+      x: `[B, N]`, N at least 1. Only bytes, uint8, are fast.
 
     Returns:
       `[B]` float32.
@@ -21,17 +23,17 @@ def median(x: Array) -> Array:
         return jnp.median(x, axis=1).astype(jnp.float32)
     middle = (x.shape[1] - 1) // 2, x.shape[1] // 2  # twice the same if N is odd
     low, high = (_by_rank(x, rank) for rank in middle)
-    return (low + high) / 2
+    return checkpoint_name((low + high) / 2, KEPT)
 
 
 def _by_rank(x: Array, rank: int) -> Array:
-    """The number with `rank` others before it in the order of each row: the largest with no more smaller ones than that.
+    """The number at position `rank`, from 0, of each sorted row: the largest with at most `rank` numbers below it.
 
     Its eight bits are found one after the other, from the highest on.
     """
     found = jnp.zeros(len(x), jnp.int32)
     for bit in reversed(range(8)):
-        larger = found + (1 << bit)
-        smaller_ones = (x < larger[:, None]).sum(axis=1)
-        found = jnp.where(smaller_ones <= rank, larger, found)
+        candidate = found + (1 << bit)
+        below = (x < candidate[:, None]).sum(axis=1)
+        found = jnp.where(below <= rank, candidate, found)
     return found.astype(jnp.float32)
