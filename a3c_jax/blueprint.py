@@ -14,7 +14,7 @@ from a3c_jax.algorithms import find_algorithm
 from a3c_jax.checks import check_setup
 from a3c_jax.config import A3CConfig, default_of
 from a3c_jax.host_environment import HostEnvironment
-from a3c_jax.host_worker import HostWorkerStep, rehearse
+from a3c_jax.host_worker import HostStepFunctions, rehearse
 from a3c_jax.optimizers import Updater, make_optimizer, make_updater
 from a3c_jax.own_checks import check_loss, checked_algorithm, checked_optimizer
 from a3c_jax.worker import WorkerState, differentiate, make_worker_step
@@ -30,7 +30,7 @@ class Blueprint(NamedTuple):
       environment: what is played.
       network: the network that is trained.
       worker_step: what each worker does again and again, a `WorkerStep`; if the environment is on the host, a
-        `HostWorkerStep`.
+        `HostStepFunctions`.
       start: `start(seed, worker)` gives the initial state of a worker.
       init: `init(seed, observation)` gives the initial parameters. Only the observation's shape matters.
       optimizer: `optimizer(learning_rate)` gives an optax transformation of the parameter tree.
@@ -105,7 +105,7 @@ def make_parts(
     parts = Parts(
         environment=environment,
         network=network,
-        make_algorithm=_checked_algorithm(config, algorithm, loss),
+        make_algorithm=_choose_algorithm(config, algorithm, loss),
         make_optimizer=(
             _describe_optimizer if optimizer is None else checked_optimizer(config, optimizer)
         ),
@@ -130,7 +130,12 @@ def describe(config: A3CConfig, parts: Parts) -> Blueprint:
     """The blueprint of a configuration, some of whose numbers may be traced (`A3CConfig.with_traced`)."""
     environment = parts.environment
     algorithm = parts.make_algorithm(config, environment, parts.network)
-    optimizer = _with_moments(config, functools.partial(parts.make_optimizer, config))
+
+    def optimizer(learning_rate: Any) -> optax.GradientTransformation:
+        of_weights = parts.make_optimizer(config, learning_rate)
+        has_moments = config.normalize_observations or config.normalize_rewards
+        return normalization.merge_statistics(of_weights) if has_moments else of_weights
+
     at_newest = functools.partial(differentiate, algorithm) if algorithm.learns_at_newest else None
     return Blueprint(
         environment=environment,
@@ -151,12 +156,12 @@ def describe(config: A3CConfig, parts: Parts) -> Blueprint:
 def _make_step(config: A3CConfig, environment: Any, algorithm: Algorithm) -> Any:
     """The worker step, for environments in JAX or on the host."""
     is_host = isinstance(environment, HostEnvironment)
-    make: Callable[..., Any] = HostWorkerStep if is_host else make_worker_step
+    make: Callable[..., Any] = HostStepFunctions if is_host else make_worker_step
     return make(
         environment,
         algorithm,
         t_max=config.t_max,
-        discount=config.discount,
+        normalizing_discount=config.discount,
         reward_clip=config.reward_clip,
         terminal_reward=config.terminal_reward,
     )
@@ -174,33 +179,28 @@ def check_traceable(blueprint: Blueprint, learning_rate: float) -> None:
     jax.eval_shape(updater.update, gradients, optimizer_state, params, worker)
 
 
-def _checked_algorithm(
+def _choose_algorithm(
     config: A3CConfig, algorithm: MakeAlgorithm | None, loss: Loss | None
 ) -> MakeAlgorithm:
-    """The algorithm that was given or named, with the loss that was given."""
+    """The algorithm that was given or named, with the loss that was given, both checked."""
     if algorithm is not None and config.algorithm != default_of("algorithm"):
         raise ValueError(
             "A3CConfig.algorithm must stay at its default beside algorithm=..., got "
             f"{config.algorithm!r}; leave it out."
         )
     found: Any = find_algorithm(config.algorithm) if algorithm is None else algorithm
+    is_a3c = getattr(found, "func", found) is a3c
     if loss is not None:
-        check_loss(config, loss)
-        if getattr(found, "func", found) is not a3c:
+        if not is_a3c:
             raise ValueError(
                 "loss belongs to the algorithm 'a3c' and must not be given beside another one; bind it to your "
                 "algorithm with functools.partial."
             )
         found = functools.partial(found, loss=loss)
-    elif (bound := _bound_loss(found)) is not None:
-        check_loss(config, bound)
+    own_loss = getattr(found, "keywords", {}).get("loss") if is_a3c else None
+    if own_loss is not None:
+        check_loss(config, own_loss)
     return checked_algorithm(found)
-
-
-def _bound_loss(algorithm: Any) -> Loss | None:
-    """The loss in `functools.partial(a3c, loss=...)`."""
-    is_bound = isinstance(algorithm, functools.partial) and algorithm.func is a3c
-    return algorithm.keywords.get("loss") if is_bound else None
 
 
 def _make_start(
@@ -243,13 +243,6 @@ def _make_init(
         return add_shared(algorithm, params)
 
     return init
-
-
-def _with_moments(config: A3CConfig, make_optimizer: MakeOptimizer) -> MakeOptimizer:
-    """The optimizer of the weights; if the parameters hold running moments, it merges those as well."""
-    if not (config.normalize_observations or config.normalize_rewards):
-        return make_optimizer
-    return lambda learning_rate: normalization.merge_statistics(make_optimizer(learning_rate))
 
 
 def _describe_optimizer(config: A3CConfig, learning_rate: Any) -> optax.GradientTransformation:

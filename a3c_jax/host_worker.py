@@ -1,4 +1,4 @@
-"""A worker's step in environments on the host: what `a3c_jax.worker.worker_step` is in environments written in JAX.
+"""A worker's step in environments on the host: what `a3c_jax.worker.make_worker_step` makes in environments written in JAX.
 
 The segment is a loop in Python: a compiled function chooses the actions, the environments are stepped, and after
 `t_max` steps another compiled function takes the gradient of the loss. Both are the functions that the pure path is
@@ -37,8 +37,8 @@ def rehearse(step: Any, params: Any, state: Any) -> tuple[Any, Any, Any]:
     return results
 
 
-class HostWorkerStep:
-    """A worker's step, before its functions are compiled.
+class HostStepFunctions:
+    """What a worker's step consists of besides the environments: pure functions, which `CompiledHostStep` compiles.
 
     Args:
       environment: what to play.
@@ -141,22 +141,16 @@ class HostWorkerStep:
         episodes = rollout.Episodes(flags, reward, reward.astype(jnp.int32))
         return _learning_part(state._replace(carry=carry)), flags[0], trajectory, episodes
 
-    def compile(
-        self, compile: Callable[..., Any], params: Any, state: WorkerState, **options: Any
-    ) -> "CompiledHostStep":
-        """The step, ready to be called.
-
-        Args:
-          compile: `compile(function, *examples, **options)` compiles a pure function.
-          params: parameters like those to come.
-          state: a state like those to come.
-          **options: for the function that learns.
-        """
-        return CompiledHostStep(self, compile, params, state, options)
-
 
 class CompiledHostStep:
-    """A worker's step in environments on the host.
+    """A worker's step in environments on the host, ready to be called.
+
+    Args:
+      step: the functions.
+      compile: `compile(function, *examples, **options)` compiles a pure function.
+      params: parameters like those to come.
+      state: a state like those to come.
+      **options: for the function that learns.
 
     Attributes:
       in_single_kernel: whether the function that learns is a single kernel.
@@ -164,11 +158,11 @@ class CompiledHostStep:
 
     def __init__(
         self,
-        step: HostWorkerStep,
+        step: HostStepFunctions,
         compile: Callable[..., Any],
         params: Any,
         state: Any,
-        options: Any,
+        **options: Any,
     ) -> None:
         self._environment, self._t_max = step.environment, step.t_max
         ended = np.zeros(len(state.episode_return), bool)

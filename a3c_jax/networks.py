@@ -4,6 +4,7 @@ A recurrent network has a carry: what it remembers of the episode so far. The ca
 the empty tuple, so that the same code drives both.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -243,10 +244,10 @@ def network_functions(network: Any) -> NetworkFunctions:
 
     if getattr(network, "is_recurrent", False):
         return NetworkFunctions(
-            network.initialize_carry,
-            lambda params, *inputs: apply(params, *inputs, method="act"),
-            lambda params, *inputs: apply(params, *inputs, method="value"),
-            lambda params, *inputs: apply(params, *inputs, method="unroll"),
+            initialize_carry=network.initialize_carry,
+            act=functools.partial(apply, method="act"),
+            value=functools.partial(apply, method="value"),
+            unroll=functools.partial(apply, method="unroll"),
         )
 
     def part(method: str, number: int) -> Callable[[Any, Any], Any]:
@@ -260,10 +261,10 @@ def network_functions(network: Any) -> NetworkFunctions:
 
     actor, critic = part("actor", 0), part("critic", 1)
     return NetworkFunctions(
-        lambda num_envs: (),
-        lambda params, observation, _: (actor(params, observation), ()),
-        lambda params, observation, _: critic(params, observation),
-        lambda params, observation, *_: (*both(params, observation), ()),
+        initialize_carry=lambda num_envs: (),
+        act=lambda params, observation, _: (actor(params, observation), ()),
+        value=lambda params, observation, _: critic(params, observation),
+        unroll=lambda params, observation, *_: (*both(params, observation), ()),
     )
 
 

@@ -33,7 +33,8 @@ class Updater(NamedTuple):
 
     Attributes:
       init: `init(params) -> OptimizerState`.
-      update: `update(gradients, optimizer_state, params, worker) -> (params, OptimizerState, metrics)`. If the
+      update: `update(sent, optimizer_state, params, worker) -> (params, OptimizerState, metrics)`, with what the worker sent: its
+        gradients, or its segment if the loss is differentiated in the update. If the
         gradients, their norm, or what the optimizer makes of them, are not finite, the parameters and the
         optimizer's state are returned unchanged, with `finite` False. The metrics are those of the loss if it is
         differentiated in the update; an empty dict otherwise.
@@ -65,11 +66,9 @@ def make_updater(
         return OptimizerState(optimizer.init(weights), jnp.bool_(True))
 
     def update(
-        gradients: Any, optimizer_state: OptimizerState, params: Any, worker: Any
+        sent: Any, optimizer_state: OptimizerState, params: Any, worker: Any
     ) -> tuple[Any, OptimizerState, Metrics]:
-        metrics: Metrics = {}
-        if differentiate is not None:
-            gradients, metrics = differentiate(params, gradients)
+        gradients, metrics = (sent, {}) if differentiate is None else differentiate(params, sent)
         old_state = optimizer_state.state
         weights, shared = split_shared(params)
         updates, new_state = optimizer.update(gradients, old_state, weights, worker=worker)
@@ -90,25 +89,23 @@ def make_updater(
 
 def all_finite(tree: Any) -> Array:
     """Whether no floating-point number in the tree is NaN or infinite, a scalar bool."""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    if not floats:
-        return jnp.bool_(True)
     # The difference is zero for a finite number and NaN otherwise, so that one sum tests all of them.
-    # A single vector costs the compiled program less than a sum for each leaf.
-    vector, _ = ravel_pytree(floats)
+    vector = _float_vector(tree)
     return jnp.isfinite(jnp.sum(vector - vector))
 
 
 def squared_norm(gradients: Any) -> Array:
     """The square of the gradients' global norm, a scalar. Moments that they carry are no part of it."""
-    weights = normalization.without_statistics(gradients)
-    floats = [
-        x for x in jax.tree.leaves(weights) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    ]
-    if not floats:
-        return jnp.float32(0.0)
-    vector, _ = ravel_pytree(floats)
+    vector = _float_vector(normalization.without_statistics(gradients))
     return jnp.sum(jnp.square(vector.astype(jnp.promote_types(vector.dtype, jnp.float32))))
+
+
+def _float_vector(tree: Any) -> Array:
+    """All floating-point numbers of a tree. One vector costs a compiled program less than an operation for each leaf."""
+    leaves = jax.tree.leaves(tree)
+    floats = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    vector, _ = ravel_pytree(floats)
+    return vector
 
 
 def explain_nonfinite(gradients: Any) -> str:

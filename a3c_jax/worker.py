@@ -84,7 +84,7 @@ def learn(
     trajectory: rollout.Trajectory,
     episodes: rollout.Episodes,
     *,
-    discount: Any,
+    normalizing_discount: Any,
     reward_clip: Any = None,
     terminal_reward: Any = None,
 ) -> tuple[Any, WorkerState, SegmentReport]:
@@ -96,7 +96,8 @@ def learn(
       state: the worker's state at the segment's end.
       trajectory: the segment.
       episodes: the episodes that ended in it.
-      discount: the discount factor gamma, per step, of the returns whose deviation normalises rewards.
+      normalizing_discount: the discount factor gamma, per step, of the returns whose deviation normalises rewards. The loss has
+        its own.
       reward_clip: if given, the loss sees rewards clipped to [-reward_clip, reward_clip].
       terminal_reward: if given, it takes the place of the reward of each step that terminated an episode, before clipping.
 
@@ -112,7 +113,9 @@ def learn(
         )
     reward_t = trajectory.reward_t
     if "reward" in running_moments:
-        state, segment_moments["reward"] = _moments_of_returns(state, trajectory, discount)
+        state, segment_moments["reward"] = _moments_of_returns(
+            state, trajectory, normalizing_discount
+        )
         reward_t = normalization.scale_to_unit_variance(reward_t, running_moments["reward"])
     if terminal_reward is not None:
         reward_t = jnp.where(trajectory.terminated_t, terminal_reward, reward_t)
@@ -121,10 +124,11 @@ def learn(
 
     segment = Segment(trajectory._replace(reward_t=reward_t), state.own, segment_moments)
     num_episodes = jnp.sum(episodes.ended, dtype=jnp.int32)
-    if algorithm.learns_at_newest:
-        return segment, state, SegmentReport({}, episodes, num_episodes)
-    gradients, metrics = differentiate(algorithm, params, segment)
-    return gradients, state, SegmentReport(metrics, episodes, num_episodes)
+    sent: Any = segment
+    metrics: Metrics = {}
+    if not algorithm.learns_at_newest:
+        sent, metrics = differentiate(algorithm, params, segment)
+    return sent, state, SegmentReport(metrics, episodes, num_episodes)
 
 
 def differentiate(algorithm: Algorithm, params: Any, segment: Segment) -> tuple[Any, Metrics]:

@@ -12,6 +12,7 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
 from a3c_jax import _compiled
 from a3c_jax.blueprint import make_blueprint
+from a3c_jax.host_worker import CompiledHostStep, HostStepFunctions
 
 MODES = ["Disabled", "SameStep", "NextStep"]
 FORMS = ["array", "dict", "tuple", "number"]
@@ -224,11 +225,11 @@ class Worker:
         self.state = self.start(np.int32(0))
         self.params = self.blueprint.init(seed, self.state.observation)
         step = self.blueprint.worker_step
-        is_host = hasattr(step, "compile")
+        examples = self.params, self.state
         self.step = (
-            step.compile(Quick, self.params, self.state)
-            if is_host
-            else Quick(step, self.params, self.state)
+            CompiledHostStep(step, Quick, *examples)
+            if isinstance(step, HostStepFunctions)
+            else Quick(step, *examples)
         )
 
     def segments(self, count):

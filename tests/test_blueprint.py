@@ -196,7 +196,10 @@ def test_the_worker_step_has_the_configurations_numbers():
                     a3c_loss, discount=0.7, critic_cost=0.3, entropy_cost=0.2, lambda_=0.4
                 ),
             ),
-            **{name: numbers[name] for name in numbers if not name.endswith("cost")},
+            t_max=5,
+            normalizing_discount=0.7,
+            terminal_reward=-3.0,
+            reward_clip=0.6,
         )
     )
     arguments = agent.params, agent.states[0]

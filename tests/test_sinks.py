@@ -15,7 +15,7 @@ from small_runs import program, small
 
 import a3c_jax
 from a3c_jax.asynchrony.metrics import Report
-from a3c_jax.asynchrony.reporting import Outlets, Reports
+from a3c_jax.asynchrony.reporting import Outlets, Progress
 from a3c_jax.asynchrony.run import Run
 from experiments import cartpole
 from experiments.command_line import main
@@ -67,7 +67,7 @@ def test_without_a_sink_no_rows_pile_up():
     gradients, _, statistics = run.program.step(params, run.states[0])
     with run.store.applying(gradients, version) as update:
         run.on_update(update, Report(statistics))
-    Reports(run, Outlets(()), None).tick()
+    Progress(run, Outlets(()), None).tick()
     assert run.counters.take_moments() == []
 
 

@@ -172,54 +172,6 @@ class SharedParameters:
         self._check(pulled_version, worker)
         return Applying(self, gradients, pulled_version, worker)
 
-    def _begin_update(
-        self, gradients: Any, pulled_version: int, worker: int
-    ) -> tuple[Update, OptimizerState, bool]:
-        """Computes what an update leads to, and takes the lock; see `applying`.
-
-        Returns:
-          The update, the optimizer's state that goes with it, and whether it is finite.
-        """
-        # The new parameters are computed before the lock is taken, because most of the time nobody else
-        # comes in between. If somebody did, they are computed again from what is there now.
-        basis = self._current
-        params, optimizer_state, metrics, finite = self._move(gradients, basis, worker)
-        self._lock.acquire()
-        try:
-            if basis is not self._current:
-                basis = self._current
-                params, optimizer_state, metrics, finite = self._move(gradients, basis, worker)
-            version = basis[0].version
-            if not finite and not self._skip_nonfinite:
-                why = explain_nonfinite(_compiled.unpack(gradients))
-                error = NonFiniteError(f"the update of version {version} by worker {worker} {why}")
-                error.metrics = metrics
-                raise error
-        except BaseException:
-            self._lock.release()
-            raise
-        snapshot = Snapshot(params, version + 1)
-        update = Update(worker, version - pulled_version, snapshot, metrics)
-        return update, optimizer_state, finite
-
-    def _end_update(
-        self,
-        pulled_version: int,
-        update: Update,
-        optimizer_state: OptimizerState,
-        finite: bool,
-        make: bool,
-    ) -> None:
-        """Makes an update visible, or leaves it out, and releases the lock."""
-        try:
-            if make:
-                self.log.append(update.worker, pulled_version)
-                self._skipped += not finite
-                self._current = (update.snapshot, optimizer_state)
-                self._in_flight.pop(update.worker, None)
-        finally:
-            self._lock.release()
-
     @property
     def optimizer_state(self) -> Any:
         """The optimizer's state, as optax keeps it."""
@@ -282,7 +234,10 @@ class SharedParameters:
 class Applying:
     """What `SharedParameters.applying` returns. A generator in its place would cost each update a microsecond more."""
 
-    __slots__ = ("_begun", "_gradients", "_pulled_version", "_store", "_worker")
+    __slots__ = (
+        *("_store", "_gradients", "_pulled_version", "_worker"),
+        *("_update", "_optimizer_state", "_finite"),
+    )
 
     def __init__(
         self, store: SharedParameters, gradients: Any, pulled_version: int, worker: int
@@ -293,9 +248,39 @@ class Applying:
         self._worker = worker
 
     def __enter__(self) -> Update:
-        arguments = self._gradients, self._pulled_version, self._worker
-        self._begun = self._store._begin_update(*arguments)
-        return self._begun[0]
+        """Computes what the update leads to, and takes the lock."""
+        store, worker = self._store, self._worker
+        # The new parameters are computed before the lock is taken, because most of the time nobody else
+        # comes in between. If somebody did, they are computed again from what is there now.
+        basis = store._current
+        moved = store._move(self._gradients, basis, worker)
+        store._lock.acquire()
+        try:
+            if basis is not store._current:
+                basis = store._current
+                moved = store._move(self._gradients, basis, worker)
+            params, self._optimizer_state, metrics, self._finite = moved
+            version = basis[0].version
+            if not self._finite and not store._skip_nonfinite:
+                why = explain_nonfinite(_compiled.unpack(self._gradients))
+                error = NonFiniteError(f"the update of version {version} by worker {worker} {why}")
+                error.metrics = metrics
+                raise error
+        except BaseException:
+            store._lock.release()
+            raise
+        snapshot = Snapshot(params, version + 1)
+        self._update = Update(worker, version - self._pulled_version, snapshot, metrics)
+        return self._update
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._store._end_update(self._pulled_version, *self._begun, make=kind is None)
+        """Makes the update visible, or leaves it out if the block raised, and releases the lock."""
+        store = self._store
+        try:
+            if kind is None:
+                store.log.append(self._worker, self._pulled_version)
+                store._skipped += not self._finite
+                store._current = (self._update.snapshot, self._optimizer_state)
+                store._in_flight.pop(self._worker, None)
+        finally:
+            store._lock.release()

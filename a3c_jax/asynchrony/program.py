@@ -19,7 +19,7 @@ from a3c_jax.config import (
     is_same_optimizer,
 )
 from a3c_jax.environments import Environment, HostEnvironment
-from a3c_jax.host_worker import HostWorkerStep, rehearse
+from a3c_jax.host_worker import CompiledHostStep, HostStepFunctions, rehearse
 from a3c_jax.optimizers import Updater
 
 
@@ -193,8 +193,9 @@ def build(
 
 def compile_step(worker_step: Any, params: Any, state: Any, single_kernel: bool | None) -> Any:
     """The worker step, compiled. If its environments are on the host, they are not made yet."""
-    if isinstance(worker_step, HostWorkerStep):
-        return worker_step.compile(_compiled.compile, params, state, single_kernel=single_kernel)
+    if isinstance(worker_step, HostStepFunctions):
+        compiling = worker_step, _compiled.compile, params, state
+        return CompiledHostStep(*compiling, single_kernel=single_kernel)
     return _compiled.compile(worker_step, params, state, single_kernel=single_kernel)
 
 

@@ -65,7 +65,7 @@ class Outlets:
                 self.failure.__cause__ = error
 
 
-class Reports:
+class Progress:
     """What a run shows and saves while it goes on.
 
     Args:

@@ -131,7 +131,7 @@ class Run:
         self.program.release(self.states)
 
     def stop(self, stop_reason: str) -> None:
-        """Stops the clock."""
+        """Stops the clock, and notes why the run ended."""
         self._seconds_of_training = time.perf_counter() - self._clock
         self.stop_reason = stop_reason
 

@@ -12,7 +12,7 @@ from a3c_jax.asynchrony.metrics import Report, Row, Sink
 from a3c_jax.asynchrony.program import Program, as_program
 from a3c_jax.asynchrony.ray_cluster import RayOptions
 from a3c_jax.asynchrony.ray_workers import steps_on_ray
-from a3c_jax.asynchrony.reporting import Outlets, Reports
+from a3c_jax.asynchrony.reporting import Outlets, Progress
 from a3c_jax.asynchrony.result import TrainResult
 from a3c_jax.asynchrony.run import Run
 from a3c_jax.asynchrony.signals import noted_signals
@@ -127,16 +127,14 @@ def train(
                 _keeping(checkpoints, run, resume),
             ):
                 threads = _make_threads(run, steps, stopping)
-                reports = Reports(run, outlets, checkpoints)
+                progress = Progress(run, outlets, checkpoints)
                 if resume is None:
-                    reports.save()  # so that there is something to go on from, whatever happens next
+                    progress.save()  # so that there is something to go on from, whatever happens next
                 run.start_clock()
-                with _Ending(run) as ending:
-                    threads.run(reports.tick, interval)
-                reports.save()
-                reports.show(last=True)
+                error = _play(run, threads, progress.tick, interval)
+                progress.save()
+                progress.show(last=True)
                 result = run.result()
-        error = ending.error
         if error is None and noted:  # too late to interrupt the threads
             error = KeyboardInterrupt(noted[0])
         if isinstance(error, KeyboardInterrupt):
@@ -150,29 +148,22 @@ def train(
         return result
 
 
-class _Ending:
-    """Notes how the threads in its block end, and stops the run's clock.
-
-    Attributes:
-      error: what they raised, to be raised again with the result; None if nothing.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.error: BaseException | None = None
-
-    def __enter__(self) -> "_Ending":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        self.error = error
-        if error is None:
-            self._run.stop(self._run.stop_reason or "max_steps")
-        else:
-            self._run.stop("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        if isinstance(error, WorkerError):
-            self._run.explain(error)
-        return True
+def _play(
+    run: Run, threads: WorkerThreads, on_tick: Callable[[], None], interval: float
+) -> BaseException | None:
+    """Runs the threads, and stops the run when they have ended. Returns what they raised, to be raised with the result."""
+    error: BaseException | None = None
+    try:
+        threads.run(on_tick, interval)
+    except BaseException as raised:
+        error = raised
+    if error is None:
+        run.stop(run.stop_reason or "max_steps")
+    else:
+        run.stop("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+    if isinstance(error, WorkerError):
+        run.explain(error)
+    return error
 
 
 def _keeping(

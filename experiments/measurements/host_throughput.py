@@ -81,6 +81,7 @@ class Traced:
 
     def __init__(self, config: A3CConfig) -> None:
         from a3c_jax import _compiled, build, environments
+        from a3c_jax.host_worker import CompiledHostStep
         from experiments.measurements import breakdown
 
         self.trace = breakdown.Trace(PARTS)
@@ -106,7 +107,7 @@ class Traced:
 
         program = build(config, environment=named)
         params, state = program.initial_params(), program.initial_states()[0]
-        step = program.blueprint.worker_step.compile(compile, params, state)
+        step = CompiledHostStep(program.blueprint.worker_step, compile, params, state)
         update = self.trace.stamp("update", program.updater.update)
         self.program = dataclasses.replace(
             program, step=step, updater=program.updater._replace(update=update)
