@@ -274,7 +274,7 @@ def test_a_band_is_drawn_for_three_runs_and_the_legend_says_what_the_line_is():
         _draw_group(axes, label, runs[:count], edges, "tab:blue")
     assert len(axes.collections) == 1
     _, labels = axes.get_legend_handles_labels()
-    assert labels[:2] == ["1 run", "A: mean of 2 runs"]
+    assert labels[:2] == ["1 run", "A: mean of 2 runs (thin: each)"]
     first, *rest = labels[2].split("\n")
     assert first == "long words long words long words long words long"
     assert " ".join(rest).endswith(": IQM of 3 runs (thin: each), 95 % interval")

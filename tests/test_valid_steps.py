@@ -341,7 +341,7 @@ def test_running_moments_are_those_of_the_valid_steps(seed):
     nothing = Episodes(*jnp.zeros((3, T, N), jnp.int32))
     gradients, _, _ = learn(
         algorithm, params | {"statistics": running}, state, as_trajectory(columns), nothing,
-        discount=DISCOUNT,
+        normalizing_discount=DISCOUNT,
     )  # fmt: skip
     seen, returns = [], []
     for column in columns:
