@@ -1,10 +1,10 @@
 """How fast A3C is in environments on the host: `python -m experiments.measurements.host_throughput`.
 
-It measures the parts of a worker's segment alone, one after the other in one thread: the environments with given actions, the
-choice of actions, the gradient of a segment, the update. As many workers as there are cores could play so many steps a second if
-none of them ever waited: the *bound*. Then it runs A3C with one worker, with one for each core, one more and twice as many, in
-turn, and shows the share of the bound that they reach, what each worker's time goes into, and a picture of that, `timeline.png`
-in the run folder. All options of
+It plays the parts of a worker's segment alone, one after the other in one thread: the environments, the choice of actions, the
+gradient of a segment, the update. They need so much processor time for each step, all threads of the process together. If no core
+ever idled, and no step cost more in company than alone, all cores could play so many steps a second: the *bound*. In turn with that,
+it runs A3C with one worker, with one for each core, one more and twice as many. It shows the share of the bound that they
+reach, what each worker's time goes into, and a picture of that, `timeline.png` in the run folder. All options of
 `experiments.atari` change what is measured, for instance `--environment ale:breakout`, or
 `--environment gymnasium:LunarLander-v3 --torso mlp`.
 """
@@ -13,9 +13,10 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +28,9 @@ from experiments.command_line import exit_on_bad_input, parse
 from experiments.run_folder import make_run_dir, write_json
 
 PARTS = ("environments", "act", "learn", "update")
+
+_FEWEST = 12
+"""How many segments are played alone at least."""
 
 _COUNTED = ("seconds", "environment_steps", "updates", "cpu_seconds", "context_switches")
 
@@ -57,11 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         config = dataclasses.replace(parsed.config, learning_rate_schedule="constant")
         traced = Traced(config)
     found: dict[str, Any] = {"surroundings": timing.surroundings(), "config": config.as_dict()}
-    found["parts"] = parts = measure_parts(traced)
-    found["bound"] = bound = available_cores() * 1e6 / sum(parts.values())
     runs = {w: functools.partial(traced.run, w) for w in sorted(set(parsed.workers))}
-    measured = timing.interleave(runs, parsed.rounds, parsed.seconds)
+    alone = functools.partial(play_alone, traced)
+    measured = timing.interleave({None: alone, **runs}, parsed.rounds, parsed.seconds)
+    alones = measured.pop(None)
+    found["parts"] = {
+        name: timing.spread(round.microseconds[name] for round in alones) for name in PARTS
+    }
+    found["processor_time"] = timing.spread(round.processor_time for round in alones)
     found["runs"] = {w: timing.summarize(measured[w]) for w in runs}
+    for w in runs:
+        pairs = zip(measured[w], alones, strict=True)
+        found["runs"][w]["share_of_bound"] = timing.spread(
+            run.steps_per_second / round.bound for run, round in pairs
+        )
     lanes: dict[tuple[int, int, int], Any] = {}
     found["shares"] = {}
     for workers, run in runs.items():
@@ -71,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         lanes[workers, config.envs_per_worker, config.t_max] = calls
     breakdown.draw(run_dir / "timeline.png", lanes, 3)
     write_json(run_dir / "host_throughput.json", found)
-    _print(config, found, bound)
+    _print(config, found)
     print(f"\nrun folder: {run_dir}")
     return run_dir
 
@@ -131,24 +144,48 @@ class Traced:
         )
 
 
-def measure_parts(traced: Traced) -> dict[str, float]:
-    """Microseconds that each part takes for one step of one environment, in one thread."""
+class Alone(NamedTuple):
+    """What the parts of a segment take alone, in microseconds for each step of one environment.
+
+    Attributes:
+      microseconds: how long each part takes, by name.
+      processor_time: what all of them take on all cores together.
+    """
+
+    microseconds: dict[str, float]
+    processor_time: float
+
+    @property
+    def bound(self) -> float:
+        """How many steps per second all cores could play."""
+        return available_cores() * 1e6 / self.processor_time
+
+
+def play_alone(traced: Traced, seconds: float) -> Alone:
+    """Plays segments one after the other in one thread, for at least so many seconds, and measures their parts."""
     program, config, trace = traced.program, traced.program.config, traced.trace
-    seconds: dict[str, list[float]] = {name: [] for name in PARTS}
+    spent: dict[str, list[float]] = {name: [] for name in PARTS}
+    processor: list[float] = []
     with _named_as_a_worker():  # because calls are stamped in worker threads only
         params, state = program.initial_params(), program.initial_states()[0]
         optimizer_state = program.updater.init(params)
-        for _ in range(12):
+        began = time.perf_counter()
+        while len(processor) < _FEWEST or time.perf_counter() < began + seconds:
             trace.workers.clear()
+            before = time.process_time()
             gradients, state, _ = program.step(params, state)
             params, optimizer_state, _ = program.updater.update(
                 gradients, optimizer_state, params, 0
             )
+            processor.append(1e6 * (time.process_time() - before))
             (calls,) = trace.workers.values()
             for name, spans in calls.items():
-                seconds[name].append(sum(end - begin for begin, end in spans) / 1e3)
+                spent[name].append(sum(end - begin for begin, end in spans) / 1e3)
         program.release([state])
-    return {name: float(np.median(s[2:])) / config.steps_per_update for name, s in seconds.items()}
+    steps = config.steps_per_update
+    # The first segments make the environments.
+    microseconds = {name: float(np.median(times[2:])) / steps for name, times in spent.items()}
+    return Alone(microseconds, float(np.mean(processor[2:])) / steps)
 
 
 @contextlib.contextmanager
@@ -162,16 +199,20 @@ def _named_as_a_worker() -> Iterator[None]:
         thread.name = name
 
 
-def _print(config: A3CConfig, found: dict[str, Any], bound: float) -> None:
+def _print(config: A3CConfig, found: dict[str, Any]) -> None:
+    cores, processor_time = available_cores(), found["processor_time"]["median"]
     print(f"\n{config.environment}, {config.envs_per_worker} environments x {config.t_max} steps")
     print("microseconds for each step of one environment, each part alone in one thread:")
-    print("  " + ", ".join(f"{name} {value:.0f}" for name, value in found["parts"].items()))
-    print(f"bound: {bound:,.0f} steps/s on {available_cores()} cores")
+    print("  " + ", ".join(f"{name} {found['parts'][name]['median']:.0f}" for name in PARTS))
+    print(
+        f"processor time, all threads together: {processor_time:.0f}; bound: {cores * 1e6 / processor_time:,.0f} steps/s "
+        f"on {cores} cores"
+    )
     for workers, summary in found["runs"].items():
-        rate = summary["steps_per_second"]
+        rate, share = summary["steps_per_second"], summary["share_of_bound"]
         print(
             f"{workers} workers: {rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f}) steps/s, "
-            f"{rate['median'] / bound:.2f} of the bound, {summary['cores_used']:.2f} cores used, "
+            f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f}) of the bound, {summary['cores_used']:.2f} cores used, "
             f"staleness {summary['staleness']:.2f}"
         )
         for name, shares in found["shares"][workers].items():

@@ -143,10 +143,10 @@ def synchronous_loop(config: A3CConfig) -> Measure:
 
 
 def interleave(
-    runs: Mapping[Any, Measure], rounds: int, seconds: float
-) -> dict[Any, list[Measurement]]:
+    runs: Mapping[Any, Callable[[float], Any]], rounds: int, seconds: float
+) -> dict[Any, list[Any]]:
     """Measures every run once in each round, so that a slow minute of the machine touches all of them."""
-    measurements: dict[Any, list[Measurement]] = {key: [] for key in runs}
+    measurements: dict[Any, list[Any]] = {key: [] for key in runs}
     for index in range(rounds):
         for key in runs if index % 2 == 0 else reversed(list(runs)):
             measurements[key].append(runs[key](seconds))
