@@ -7,6 +7,7 @@ import pytest
 from a3c_jax import (
     A3CConfig,
     CheckpointFolder,
+    build,
     environments,
     evaluate,
     find_checkpoint,
@@ -41,7 +42,8 @@ def test_three_updates_an_evaluation_a_checkpoint_and_on_from_it(name, tmp_path)
     if hasattr(short.params, "max_steps_in_episode"):
         short = environments.make(name, max_steps_in_episode=5)
     config = A3CConfig(environment=name, **TINY)
-    result = train(config, environment=short, checkpoints=CheckpointFolder(tmp_path))
+    program = build(config, environment=short)
+    result = train(program, checkpoints=CheckpointFolder(tmp_path))
     assert result.version == 3
     network = result.params["params"]
     assert ("Conv_0" in network["actor_trunk"]["torso"]) == (name in IMAGES)
@@ -49,8 +51,7 @@ def test_three_updates_an_evaluation_a_checkpoint_and_on_from_it(name, tmp_path)
     policy = sampled_policy(result.network)
     returns, lengths = evaluate(policy, result.params, short, result.evaluation_key, 2)
     assert np.isfinite(returns).all() and (lengths >= 1).all()
-    more = A3CConfig(environment=name, **TINY | {"max_steps": 24})
-    again = train(more, environment=short, resume=find_checkpoint(tmp_path))
+    again = train(program.replace(max_steps=24), resume=find_checkpoint(tmp_path))
     assert again.version == 6
     np.testing.assert_array_equal(again.schedule.worker[:3], result.schedule.worker)
 
