@@ -126,7 +126,10 @@ def test_the_median_of_bytes_is_numpys_without_a_sort(size):
     assert found.dtype == np.float32 and "sort" not in primitives(_compiled.median, x)
     mapped = jax.vmap(_compiled.median)(x.reshape(3, 20, size))
     np.testing.assert_array_equal(mapped.ravel(), found)
-    np.testing.assert_array_equal(_compiled.median(x / 2), np.median(x / 2, axis=1))
+    for others in (x / 2, x > 127, x.astype(np.float16)):
+        found = _compiled.median(others)
+        np.testing.assert_array_equal(found, np.median(np.float32(others), axis=1))
+        assert found.dtype == np.float32
 
 
 @pytest.mark.parametrize("side", [(5, 4), (4, 5)], ids=["height", "width"])

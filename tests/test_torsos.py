@@ -206,6 +206,15 @@ def test_its_brightness_does_not_matter():
     chex.assert_trees_all_equal(torso.apply(params, images + 50), torso.apply(params, images))
 
 
+def test_what_stands_before_a_background_is_seen_as_before_a_black_one():
+    torso, images = Atari((8,), nn.relu), np.full((2, 4, 24, 24), 87, np.uint8)
+    images[1, :, 3, 2] = 236  # the other image has one colour
+    params = torso.init(jax.random.key(0), images)
+    seen = torso.apply(params, images)
+    chex.assert_trees_all_equal(seen, torso.apply(params, images - np.uint8(87)))
+    assert jnp.count_nonzero(seen[0]) == 0 < jnp.count_nonzero(seen[1])
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_integers_up_to_255_and_floats_up_to_1_show_it_what_bytes_show(dtype):
     torso, images = Atari((8,), nn.relu), frames(2, 4, 24, 24)

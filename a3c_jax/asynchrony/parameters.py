@@ -235,8 +235,13 @@ class Applying:
     """What `SharedParameters.applying` returns. A generator in its place would cost each update a microsecond more."""
 
     __slots__ = (
-        *("_store", "_gradients", "_pulled_version", "_worker"),
-        *("_update", "_optimizer_state", "_finite"),
+        "_finite",
+        "_gradients",
+        "_optimizer_state",
+        "_pulled_version",
+        "_store",
+        "_update",
+        "_worker",
     )
 
     def __init__(

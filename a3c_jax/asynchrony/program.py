@@ -194,8 +194,9 @@ def build(
 def compile_step(worker_step: Any, params: Any, state: Any, single_kernel: bool | None) -> Any:
     """The worker step, compiled. If its environments are on the host, they are not made yet."""
     if isinstance(worker_step, HostStepFunctions):
-        compiling = worker_step, _compiled.compile, params, state
-        return CompiledHostStep(*compiling, single_kernel=single_kernel)
+        return CompiledHostStep(
+            worker_step, _compiled.compile, params, state, single_kernel=single_kernel
+        )
     return _compiled.compile(worker_step, params, state, single_kernel=single_kernel)
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -62,26 +62,31 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         traced = Traced(config)
     found: dict[str, Any] = {"surroundings": timing.surroundings(), "config": config.as_dict()}
     runs = {w: functools.partial(traced.run, w) for w in sorted(set(parsed.workers))}
-    alone = functools.partial(play_alone, traced)
-    measured = timing.interleave({None: alone, **runs}, parsed.rounds, parsed.seconds)
-    alones = measured.pop(None)
-    found["parts"] = {
-        name: timing.spread(round.microseconds[name] for round in alones) for name in PARTS
+    calls: dict[Any, Callable[[float], Any]] = {
+        "alone": functools.partial(play_alone, traced),
+        **runs,
     }
-    found["processor_time"] = timing.spread(round.processor_time for round in alones)
-    found["runs"] = {w: timing.summarize(measured[w]) for w in runs}
-    for w in runs:
-        pairs = zip(measured[w], alones, strict=True)
-        found["runs"][w]["share_of_bound"] = timing.spread(
-            run.steps_per_second / round.bound for run, round in pairs
-        )
+    measured = timing.interleave(calls, parsed.rounds, parsed.seconds)
+    alone: list[Alone] = measured["alone"]
+    found["parts"] = {name: timing.spread(a.microseconds[name] for a in alone) for name in PARTS}
+    found["processor_time"] = timing.spread(a.processor_time for a in alone)
+    found["bound"] = timing.spread(a.bound for a in alone)
+    found["runs"] = {
+        w: timing.summarize(measured[w])
+        | {
+            "share_of_bound": timing.spread(
+                run.steps_per_second / a.bound for run, a in zip(measured[w], alone, strict=True)
+            )
+        }
+        for w in runs
+    }
     lanes: dict[tuple[int, int, int], Any] = {}
     found["shares"] = {}
     for workers, run in runs.items():
         run(parsed.seconds)
-        calls = dict(sorted(traced.trace.workers.items()))
-        found["shares"][workers] = {name: breakdown.shares(spans) for name, spans in calls.items()}
-        lanes[workers, config.envs_per_worker, config.t_max] = calls
+        own = dict(sorted(traced.trace.workers.items()))
+        found["shares"][workers] = {name: breakdown.shares(spans) for name, spans in own.items()}
+        lanes[workers, config.envs_per_worker, config.t_max] = own
     breakdown.draw(run_dir / "timeline.png", lanes, 3)
     write_json(run_dir / "host_throughput.json", found)
     _print(config, found)
@@ -200,13 +205,12 @@ def _named_as_a_worker() -> Iterator[None]:
 
 
 def _print(config: A3CConfig, found: dict[str, Any]) -> None:
-    cores, processor_time = available_cores(), found["processor_time"]["median"]
     print(f"\n{config.environment}, {config.envs_per_worker} environments x {config.t_max} steps")
     print("microseconds for each step of one environment, each part alone in one thread:")
     print("  " + ", ".join(f"{name} {found['parts'][name]['median']:.0f}" for name in PARTS))
     print(
-        f"processor time, all threads together: {processor_time:.0f}; bound: {cores * 1e6 / processor_time:,.0f} steps/s "
-        f"on {cores} cores"
+        f"processor time, all threads together: {found['processor_time']['median']:.0f}; "
+        f"bound: {found['bound']['median']:,.0f} steps/s on {available_cores()} cores"
     )
     for workers, summary in found["runs"].items():
         rate, share = summary["steps_per_second"], summary["share_of_bound"]

@@ -174,8 +174,8 @@ def own_command(parsed: Arguments, game: str, agent: str, seed: int) -> list[str
     command = [sys.executable, "-m", "experiments.minatar", "--preset", game, *OWN[agent]]
     if parsed.rules == "original":
         command += ["--environment", minatar.PRESETS[game].environment + ORIGINAL[game]]
-    options = {"seed": seed, "max-steps": parsed.max_steps, "num-workers": parsed.num_workers}
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command += ["--seed", str(seed), "--max-steps", str(parsed.max_steps)]
+    command += ["--num-workers", str(parsed.num_workers)]
     return [*command, "--no-progress", "--no-compilation-cache"]
 
 

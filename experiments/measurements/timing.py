@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import matplotlib.ticker
@@ -63,6 +63,7 @@ def program(workers: int, *shape: int, **changes: Any) -> Program:
 
 
 Measure = Callable[[float], Measurement]
+T = TypeVar("T")
 """Runs for about so many seconds, from the initial parameters."""
 
 
@@ -143,10 +144,10 @@ def synchronous_loop(config: A3CConfig) -> Measure:
 
 
 def interleave(
-    runs: Mapping[Any, Callable[[float], Any]], rounds: int, seconds: float
-) -> dict[Any, list[Any]]:
+    runs: Mapping[Any, Callable[[float], T]], rounds: int, seconds: float
+) -> dict[Any, list[T]]:
     """Measures every run once in each round, so that a slow minute of the machine touches all of them."""
-    measurements: dict[Any, list[Any]] = {key: [] for key in runs}
+    measurements: dict[Any, list[T]] = {key: [] for key in runs}
     for index in range(rounds):
         for key in runs if index % 2 == 0 else reversed(list(runs)):
             measurements[key].append(runs[key](seconds))
