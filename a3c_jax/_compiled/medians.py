@@ -21,10 +21,8 @@ def median(x: Array) -> Array:
     """
     if x.dtype != jnp.uint8 or not process.enabled():
         return jnp.median(x.astype(jnp.float32), axis=1)
-    middle = (
-        (x.shape[1] - 1) // 2,
-        x.shape[1] // 2,
-    )  # twice the same if N is odd; XLA computes it once
+    # Twice the same if N is odd, which XLA computes once.
+    middle = (x.shape[1] - 1) // 2, x.shape[1] // 2
     low, high = (_by_rank(x, rank) for rank in middle)
     return checkpoint_name((low + high) / 2, KEPT)
 
