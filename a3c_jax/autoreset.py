@@ -11,7 +11,8 @@ all three ways:
 
 Gymnasium's own `SyncVectorEnv` and `AsyncVectorEnv` and ale-py's `AtariVectorEnv` can reset some of their environments
 with a seed for each. With Disabled, or with NextStep and no wrapper around, that is used: each episode gets a seed of
-its own, so that it can be played again from that seed and its actions (`VectorPlayer.put_back`).
+its own, so that it can be played again from that seed and its actions (`VectorPlayer.put_back`). Where a seed costs
+much, several episodes may follow one another from one (`episodes_per_seed`).
 """
 
 import contextlib
@@ -57,6 +58,8 @@ class VectorPlayer:
       entropy: integers that all seeds are derived from.
       life_loss: whether to look at `info["lives"]`.
       close: what to call in the end instead of the environment's own `close`.
+      episodes_per_seed: how many episodes follow one another from one seed, if single environments can be seeded. With
+        more than one, how the later ones begin must not depend on what was done in those before.
 
     Attributes:
       episode: the number of each environment's running episode, counted from zero, `[N]` int32.
@@ -70,6 +73,7 @@ class VectorPlayer:
         entropy: Sequence[int] = (),
         life_loss: bool = False,
         close: Callable[[], Any] | None = None,
+        episodes_per_seed: int = 1,
     ) -> None:
         self._environment = environment
         self._close = self._close_all if close is None else close
@@ -79,7 +83,8 @@ class VectorPlayer:
         known = {kind.__name__ for kind in type(innermost).__mro__} & {*_SEEDED_SINGLY}
         self._mode = autoreset_mode(environment)
         self._takes_list_of_seeds = bool(known)
-        self._seeds_only_those_reset = "AtariVectorEnv" in known
+        self._is_atari = "AtariVectorEnv" in known
+        self._episodes_per_seed = episodes_per_seed
         self.can_put_back = bool(known) and (
             self._mode == "Disabled" or (self._mode == "NextStep" and environment is innermost)
         )
@@ -92,11 +97,12 @@ class VectorPlayer:
 
     def begin(self, episode: np.ndarray) -> Any:
         """Resets all environments, to the beginning of the episodes of these numbers `[N]`."""
-        self.episode = np.array(episode, np.int32)
         self._ended = np.zeros(self._num_envs, bool)
         everywhere = np.ones(self._num_envs, bool)
-        seed = self._seeds(everywhere) if self._takes_list_of_seeds else self._seed(0)
-        observation, info = self._environment.reset(seed=seed)
+        if self._takes_list_of_seeds:
+            return self._begin(everywhere, episode)
+        self.episode = np.array(episode, np.int32)
+        observation, info = self._environment.reset(seed=self._seed(0))
         self._begin_lives(everywhere, info)
         return observation
 
@@ -158,14 +164,14 @@ class VectorPlayer:
         for k in range(steps):
             begins = length == steps - k
             if k and begins.any():
-                self._reset(begins, episode)
+                self._begin(begins, episode)
             with watched():
                 stepped = self.step(actions[k])
             observation = stepped.observation
             paid = np.where(length >= steps - k, paid + stepped.reward, paid)
         late = length == 0
         if steps and late.any():
-            observation = self._reset(late, episode)
+            observation = self._begin(late, episode)
         return observation, paid
 
     def _begin_lives(self, mask: np.ndarray, info: dict[str, Any]) -> None:
@@ -219,20 +225,29 @@ class VectorPlayer:
         finally:
             self.end_processes()
 
+    def _begin(self, mask: np.ndarray, episode: np.ndarray) -> Any:
+        """Begins any episodes in some environments, from their seeds on. Returns the observations of all."""
+        observation = self._reset(mask, episode - episode % self._episodes_per_seed)
+        while (earlier := mask & (self.episode < episode)).any():
+            observation = self._reset(earlier, self.episode + 1)
+        return observation
+
     def _reset(self, mask: np.ndarray, episode: np.ndarray) -> Any:
-        """Begins the episodes of these numbers in some environments. Returns the observations of all."""
+        """Begins episodes in some environments: the next ones, or the first ones from a seed."""
         self.episode = np.where(mask, episode, self.episode).astype(np.int32)
         # Without a list of seeds the environment goes on with its own generator.
         seeds = self._seeds(mask) if self._takes_list_of_seeds else None
-        observation, info = self._environment.reset(seed=seeds, options={"reset_mask": mask})
+        options = None if mask.all() else {"reset_mask": mask}
+        observation, info = self._environment.reset(seed=seeds, options=options)
         self._begin_lives(mask, info)
         return observation
 
     def _seeds(self, mask: np.ndarray) -> Any:
-        """The seeds of some environments' running episodes, in the form that the environment takes."""
-        seeds = [self._seed(n) if mask[n] else None for n in range(self._num_envs)]
-        if self._seeds_only_those_reset:
-            return np.array([seed for seed in seeds if seed is not None])
+        """The seeds for a reset of some environments, in the form that the environment takes."""
+        is_first = self.episode % self._episodes_per_seed == 0
+        seeds = [self._seed(n) if mask[n] and is_first[n] else None for n in range(self._num_envs)]
+        if self._is_atari:  # takes only those of the environments to reset, and -1 for none
+            return np.array([-1 if seeds[n] is None else seeds[n] for n in np.flatnonzero(mask)])
         return seeds
 
     def _seed(self, number: int) -> int:

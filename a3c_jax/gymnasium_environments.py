@@ -3,13 +3,12 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.names import import_named, parse_name
 
-_OWN_OPTIONS = ("life_loss", "step_seconds")
+_OWN_OPTIONS = ("life_loss", "step_seconds", "episodes_per_seed")
 _ALE_SIZES = ("img_height", "img_width", "stack_num", "frameskip", "max_num_frames_per_episode")
 _ALE_LEAST = dict.fromkeys(_ALE_SIZES, 1) | {"noop_max": 0}
 _ALE_OPTIONS: dict[str, Any] = {
@@ -17,6 +16,12 @@ _ALE_OPTIONS: dict[str, Any] = {
     "num_threads": 1,
     "autoreset_mode": "NextStep",
 }
+_ALE_EPISODES_PER_SEED = 16
+"""Of how many episodes one begins with a seed. ale-py loads the game anew for it, which takes as long as 20 resets without."""
+_ALE_REMEMBERS = (
+    "hangman", "haunted_house", "ice_hockey", "sir_lancelot", "space_war", "surround", "yars_revenge",
+)  # fmt: skip
+"""Games in which something of one episode is left in the next, after a reset without a seed."""
 
 
 def make_host_environment(name: str, action_bounds: str = "clip", **params: Any) -> HostEnvironment:
@@ -31,8 +36,8 @@ def make_host_environment(name: str, action_bounds: str = "clip", **params: Any)
         the name of a game, as in `ale:SpaceInvaders?size=42`, with the parameters of ale-py's `AtariVectorEnv`,
         `size` for both `img_height` and `img_width`, and `life_loss=True` to let the loss of a life count as a
         termination for learning. Rewards are never clipped by the environment, so that reported returns are the
-        game's own; `A3CConfig.reward_clip` clips them for learning. Both take `step_seconds`
-        (`a3c_jax.host_environment`).
+        game's own; `A3CConfig.reward_clip` clips them for learning. Both take `step_seconds` and `episodes_per_seed`
+        (`a3c_jax.host_environment`). Games without sticky actions, but for seven, have 16 `episodes_per_seed`, and all else has 1.
       action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
       **params: more of these parameters.
 
@@ -44,7 +49,9 @@ def make_host_environment(name: str, action_bounds: str = "clip", **params: Any)
     params = named | params
     own = {key: params.pop(key) for key in _OWN_OPTIONS if key in params}
     if library == "ale":
-        make = _ale_maker(name, module, base, params)
+        game, arguments = _ale_arguments(name, module, base, params)
+        own = {"episodes_per_seed": _ale_episodes_per_seed(game, arguments)} | own
+        make = functools.partial(_make_atari, name, game, arguments)
     else:
         make = functools.partial(_make_gymnasium, name, module, base, params)
     return HostEnvironment(name, make, action_bounds=action_bounds, **own)
@@ -87,7 +94,10 @@ def _make_vector(base: str, params: dict[str, Any], num_envs: int) -> Any:
     return gymnasium.make_vec(base, num_envs, vector_kwargs=kwargs, **options)
 
 
-def _ale_maker(name: str, module: str, base: str, params: dict[str, Any]) -> Callable[[int], Any]:
+def _ale_arguments(
+    name: str, module: str, base: str, params: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The game, and what ale-py's vector is made with."""
     try:
         from ale_py import roms
         from ale_py.vector_env import AtariVectorEnv
@@ -111,13 +121,20 @@ def _ale_maker(name: str, module: str, base: str, params: dict[str, Any]) -> Cal
     unknown = sorted({*options} - accepted)
     if unknown:
         raise ValueError(
-            f"environment {name!r} takes size, life_loss, step_seconds, {', '.join(sorted(accepted))}, got "
+            f"environment {name!r} takes size, {', '.join([*_OWN_OPTIONS, *sorted(accepted)])}, got "
             f"{', '.join(unknown)}; "
             + ("use life_loss." if unknown == ["episodic_life"] else "leave it out.")
         )
     game, arguments = known[_plain(base)], _ALE_OPTIONS | options
     _check_ale(name, arguments)
-    return functools.partial(_make_atari, name, game, arguments)
+    return game, arguments
+
+
+def _ale_episodes_per_seed(game: str, arguments: dict[str, Any]) -> int:
+    # With sticky actions, how many random numbers an episode takes depends on how long it is.
+    if game in _ALE_REMEMBERS or arguments.get("repeat_action_probability", 0) > 0:
+        return 1
+    return _ALE_EPISODES_PER_SEED
 
 
 def _check_ale(name: str, arguments: dict[str, Any]) -> None:

@@ -22,13 +22,6 @@ from a3c_jax.host_state import HostState, Live, WatchedPlayer
 Array = jax.Array
 
 
-_NARROW = {
-    np.dtype(np.float64): np.float32,
-    np.dtype(np.int64): np.int32,
-    np.dtype(np.uint64): np.uint32,
-}
-
-
 class HostEnvironment:
     """N copies of an environment that is stepped from Python.
 
@@ -45,6 +38,7 @@ class HostEnvironment:
       life_loss: whether losing a life, by `info["lives"]`, counts as a termination for learning.
       step_seconds: how many seconds one step or reset may take before the worker fails, and the making of one copy; None waits
         for ever.
+      episodes_per_seed: see `a3c_jax.autoreset.VectorPlayer`.
       marks_beginnings: whether some steps only begin the next episode (`a3c_jax.rollout.Trajectory.valid_tm1`).
     """
 
@@ -56,6 +50,7 @@ class HostEnvironment:
         action_bounds: str = "clip",
         life_loss: bool = False,
         step_seconds: float | None = 60.0,
+        episodes_per_seed: int = 1,
     ) -> None:
         """Looks at the spaces, of one copy if `environment` is a function.
 
@@ -66,22 +61,17 @@ class HostEnvironment:
           action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
           life_loss: see the attribute.
           step_seconds: see the attribute.
+          episodes_per_seed: see the attribute.
 
         Raises:
           TypeError: if it is something else.
-          ValueError: if the spaces are not supported, if the environment does not say how it begins anew, or if
-            `step_seconds` is no positive number.
+          ValueError: if the spaces are not supported, if the environment does not say how it begins anew, or if one of
+            the last three arguments is none that it may be.
         """
-        if step_seconds is not None and not _is_positive(step_seconds):
-            raise ValueError(
-                f"step_seconds of environment {name!r} must be a positive number or None, got {step_seconds!r}; use 60.0."
-            )
-        if not isinstance(life_loss, bool):
-            raise ValueError(
-                f"life_loss of environment {name!r} must be True or False, got {life_loss!r}; leave it out."
-            )
+        _check_options(name, life_loss, step_seconds, episodes_per_seed)
         self.name, self.action_bounds = name, action_bounds
         self.life_loss, self.step_seconds = life_loss, step_seconds
+        self.episodes_per_seed = episodes_per_seed
         self._object = environment if hasattr(environment, "reset") else None
         self._lent = threading.Lock()
         self._made: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -97,7 +87,7 @@ class HostEnvironment:
         self.observation_shape = spaces.observation_shape(name, self.observation_space)
         self.continuous = hasattr(self._actions, "low")
         self.num_actions = spaces.num_actions(name, self._actions)
-        self._is_wide = spaces.of_parts(_is_wide, self.observation_space)
+        self._is_wide = spaces.of_parts(spaces.is_wide, self.observation_space)
 
     @property
     def fixed_num_envs(self) -> int | None:
@@ -184,7 +174,7 @@ class HostEnvironment:
                     "function if it is an object."
                 )
             words = np.asarray(entropy).ravel().tolist()
-            player = VectorPlayer(made, words, self.life_loss, close)
+            player = VectorPlayer(made, words, self.life_loss, close, self.episodes_per_seed)
             if_it_does_not_fit.pop_all()
         return player
 
@@ -217,8 +207,8 @@ class HostEnvironment:
         """Observations as the network sees them, arrays `[N, ...]` of at most 32 bits."""
         encoded = spaces.encode(self.observation_space, observation, np)
         if isinstance(encoded, np.ndarray):
-            return _narrow(encoded, self._is_wide)
-        return jax.tree.map(_narrow, encoded, self._is_wide)
+            return spaces.narrow(encoded, self._is_wide)
+        return jax.tree.map(spaces.narrow, encoded, self._is_wide)
 
     def begin(self, player: VectorPlayer | WatchedPlayer, episode: np.ndarray) -> Any:
         """Begins the episodes of these numbers, `[N]` int. Returns the first observations, encoded.
@@ -293,24 +283,18 @@ def _check_parts(name: str, made: Any) -> None:
         )
 
 
-def _is_positive(seconds: Any) -> bool:
-    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0
+def _check_options(name: str, life_loss: Any, seconds: Any, episodes: Any) -> None:
+    def check(key: str, value: Any, is_right: bool, rule: str) -> None:
+        if not is_right:
+            raise ValueError(
+                f"{key} of environment {name!r} must be {rule}, got {value!r}; leave it out."
+            )
 
-
-def _is_wide(space: Any) -> bool:
-    """Whether integers of a space need more than 32 bits."""
-    if getattr(space, "dtype", None) not in (np.int64, np.uint64) or not hasattr(space, "low"):
-        return False
-    limits = np.iinfo(np.int32 if space.dtype == np.int64 else np.uint32)
-    return bool((space.low < limits.min).any() or (space.high > limits.max).any())
-
-
-def _narrow(x: Any, is_wide: bool) -> np.ndarray:
-    """An array of at most 32 bits."""
-    x = np.asarray(x)
-    if x.dtype not in _NARROW:
-        return x
-    return x.astype(np.float32 if is_wide else _NARROW[x.dtype])
+    is_positive = isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0
+    check("life_loss", life_loss, isinstance(life_loss, bool), "True or False")
+    check("step_seconds", seconds, seconds is None or is_positive, "a positive number or None")
+    is_count = type(episodes) is int and episodes > 0
+    check("episodes_per_seed", episodes, is_count, "a positive integer")
 
 
 def _zeros(space: Any) -> np.ndarray:

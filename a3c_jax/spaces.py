@@ -13,6 +13,12 @@ import numpy as np
 
 Array = jax.Array
 
+_NARROW = {
+    np.dtype(np.float64): np.float32,
+    np.dtype(np.int64): np.int32,
+    np.dtype(np.uint64): np.uint32,
+}
+
 
 def observation_shape(name: str, space: Any) -> Any:
     """The shape of an encoded observation; a dict or tuple of shapes if the space has parts.
@@ -119,6 +125,22 @@ def fit(space: Any, action: Any, action_bounds: str, xp: Any = jnp) -> Any:
     fitted = xp.tanh(action) if action_bounds == "tanh" else xp.clip(action, -1.0, 1.0)
     # Rounding may lead beyond a bound.
     return xp.clip(xp.where(bounded, middle + half * fitted, action), low, high)
+
+
+def is_wide(space: Any) -> bool:
+    """Whether integers of a space need more than 32 bits."""
+    if getattr(space, "dtype", None) not in (np.int64, np.uint64) or not hasattr(space, "low"):
+        return False
+    limits = np.iinfo(np.int32 if space.dtype == np.int64 else np.uint32)
+    return bool((space.low < limits.min).any() or (space.high > limits.max).any())
+
+
+def narrow(x: Any, is_wide: bool) -> np.ndarray:
+    """An array of at most 32 bits."""
+    x = np.asarray(x)
+    if x.dtype not in _NARROW:
+        return x
+    return x.astype(np.float32 if is_wide else _NARROW[x.dtype])
 
 
 def random_action(environment: Any, key: Array, num_envs: int) -> Array:

@@ -1,5 +1,6 @@
 """Atari's games by name: what is played, what is learnt from, and that it can be played again."""
 
+import contextlib
 import functools
 import json
 import sys
@@ -66,7 +67,7 @@ def test_games_are_found_however_their_names_are_written(name):
         ("Space_Invader", r"did you mean ale:space_invaders"),
         ("xyzxyzxyz", r"got 'ale:xyzxyzxyz'; did you mean ale:pong\?"),
         ("", r"must name a game of ale-py, got 'ale:'"),
-        ("Pong?frame_skip=2", r"takes size, life_loss, step_seconds, .*frameskip.*, got frame_skip; leave"),
+        ("Pong?frame_skip=2", r"takes size, life_loss, step_seconds, episodes_per_seed, .*frameskip.*, got frame_skip; leave"),
         ("Pong?reward_clipping=True", r"got reward_clipping; leave it out"),
         ("Pong?episodic_life=True", r"got episodic_life; use life_loss"),
         ("Pong?autoreset_mode='SameStep'", r"got autoreset_mode; leave it out"),
@@ -244,6 +245,35 @@ def test_a_run_of_three_workers_goes_on_and_replays_bit_for_bit(tmp_path, name):
         assert_exact_counters(find_checkpoint(tmp_path))
         assert_equal_runs(replay(settings, result.schedule, None), result)
         assert_equal_runs(replay(settings, result.schedule, None, start=saved[-1]), result)
+
+
+@pytest.mark.parametrize(
+    ("name", "episodes"),
+    [
+        ("ale:Breakout?size=16", 16),
+        ("ale:Breakout?size=16&episodes_per_seed=3", 3),
+        ("ale:Breakout?size=16&repeat_action_probability=0.25", 1),  # how many draws an episode takes differs
+        ("ale:IceHockey?size=16", 1),  # what is left of one game changes the next
+    ],
+)  # fmt: skip
+def test_a_game_is_loaded_for_one_in_sixteen_episodes_if_that_is_enough(name, episodes):
+    assert make(name).episodes_per_seed == episodes
+
+
+def test_a_game_begins_as_its_seed_and_its_number_say_whatever_was_played_before():
+    environment, firsts = make(f"ale:Breakout?{SHORT}&episodes_per_seed=3"), {}
+    with contextlib.closing(environment.make(2, (3,))) as player:
+        for seed in (0, 1):  # other actions, and so other games
+            player.begin(np.zeros(2, np.int32))
+            for action in random_actions(environment, 300, seed=seed):
+                stepped = player.step(action)
+                for n in np.flatnonzero(stepped.terminated | stepped.truncated):
+                    first = firsts.setdefault((n, player.episode[n]), stepped.observation[n].copy())
+                    np.testing.assert_array_equal(first, stepped.observation[n])
+        for (n, episode), first in firsts.items():
+            begun = player.begin(np.full(2, episode, np.int32))
+            np.testing.assert_array_equal(begun[n], first)
+    assert len(firsts) >= 8 and len({first.tobytes() for first in firsts.values()}) > 3
 
 
 def test_sticky_actions_are_drawn_anew_in_each_episode():

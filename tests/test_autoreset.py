@@ -38,12 +38,12 @@ def part(tree, n):
     return jax.tree.map(lambda x: x[n], tree)
 
 
-def recorded(kind, mode, form="array", entropy=(1, 2), num_envs=N):
+def recorded(kind, mode, form="array", entropy=(1, 2), num_envs=N, episodes_per_seed=1):
     """A player, and the seeds that each of its environments gets."""
     seeds = [[] for _ in range(num_envs)]
     numbers = iter(seeds)
     vector = make_vector(kind, mode, lambda: Stairs(form, next(numbers)), num_envs)
-    return VectorPlayer(vector, entropy), seeds
+    return VectorPlayer(vector, entropy, episodes_per_seed=episodes_per_seed), seeds
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -110,16 +110,36 @@ def test_a_vector_that_seeds_itself_gets_one_seed_and_goes_on_with_its_own_gener
     assert not player.can_put_back or kind == "wrapped"
 
 
+def test_several_episodes_follow_one_another_from_one_seed():
+    player, seeds = recorded("sync", "Disabled", episodes_per_seed=3)
+    each, each_seeds = recorded("sync", "Disabled")
+    list(play(player, actions_of(2, 3 * STEPS)))
+    each.begin(np.zeros(N, np.int32))
+    for episode in range(1, player.episode.max() + 1):
+        each.begin(np.full(N, episode, np.int32))
+    for mine, all_of_them in zip(seeds, each_seeds, strict=True):
+        expected = [seed if k % 3 == 0 else None for k, seed in enumerate(all_of_them)]
+        assert len(mine) > 6 and mine == expected[: len(mine)]
+
+
+def test_where_only_all_environments_can_be_seeded_each_is_reset_once():
+    player, seeds = recorded("dense", "Disabled", episodes_per_seed=3)
+    player.begin(np.full(N, 5, np.int32))
+    assert [len(mine) for mine in seeds] == [1] * N and (player.episode == 5).all()
+
+
+@pytest.mark.parametrize("episodes_per_seed", [1, 3])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("kind", "mode"), [("sync", "Disabled"), ("shared", "NextStep"), ("wrapped", "Disabled")]
 )
-def test_running_episodes_are_put_back_where_they_were(kind, mode, form):
+def test_running_episodes_are_put_back_where_they_were(kind, mode, form, episodes_per_seed):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         steps, num_envs = int(rng.integers(0, 12)), int(rng.integers(1, 5))
         actions = actions_of(seed, steps + 8, num_envs)
-        player, _ = recorded(kind, mode, form, (seed,), num_envs)
+        recorded_so = kind, mode, form, (seed,), num_envs, episodes_per_seed
+        player, _ = recorded(*recorded_so)
         observation, length = player.begin(np.full(num_envs, 5, np.int32)), np.zeros(num_envs, int)
         paid = np.zeros(num_envs, np.float32)
         for action in actions[:steps]:
@@ -129,7 +149,7 @@ def test_running_episodes_are_put_back_where_they_were(kind, mode, form):
                 stepped.terminated | stepped.truncated,
             )
             length, paid = np.where(ended, 0, length + 1), np.where(ended, 0, paid + stepped.reward)
-        other, _ = recorded(kind, mode, form, (seed,), num_envs)
+        other, _ = recorded(*recorded_so)
         assert player.can_put_back and other.can_put_back
         if rng.random() < 0.5:  # it may have played before
             list(play(other, actions_of(99, 7, num_envs)))

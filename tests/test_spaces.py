@@ -428,6 +428,14 @@ def test_life_loss_is_true_or_false(loss):
         host(life_loss=loss)
 
 
+@pytest.mark.parametrize("episodes", [0, -1, 1.0, True, "a", None])
+def test_episodes_per_seed_is_a_positive_integer(episodes):
+    with pytest.raises(
+        ValueError, match="episodes_per_seed of environment 'Shows' must be a positive integer"
+    ):
+        host(episodes_per_seed=episodes)
+
+
 @pytest.mark.parametrize("seconds", [0, -1.0, "a", True, np.nan])
 def test_a_limit_of_a_step_must_be_a_positive_number(seconds):
     with pytest.raises(ValueError, match="step_seconds of environment 'Shows' must be a positive"):
