@@ -19,7 +19,8 @@ _ALE_OPTIONS: dict[str, Any] = {
 _ALE_EPISODES_PER_SEED = 16
 """Of how many episodes one begins with a seed. ale-py loads the game anew for it, which takes as long as 20 resets without."""
 _ALE_REMEMBERS = (
-    "hangman", "haunted_house", "ice_hockey", "sir_lancelot", "space_war", "surround", "yars_revenge",
+    "hangman", "haunted_house", "ice_hockey", "sir_lancelot", "space_war", "surround", "time_pilot",
+    "yars_revenge",
 )  # fmt: skip
 """Games in which something of one episode is left in the next, after a reset without a seed."""
 
@@ -37,7 +38,7 @@ def make_host_environment(name: str, action_bounds: str = "clip", **params: Any)
         `size` for both `img_height` and `img_width`, and `life_loss=True` to let the loss of a life count as a
         termination for learning. Rewards are never clipped by the environment, so that reported returns are the
         game's own; `A3CConfig.reward_clip` clips them for learning. Both take `step_seconds` and `episodes_per_seed`
-        (`a3c_jax.host_environment`). Games without sticky actions, but for seven, have 16 `episodes_per_seed`, and all else has 1.
+        (`a3c_jax.host_environment`). Games without sticky actions, but for eight, have 16 `episodes_per_seed`, and all else has 1.
       action_bounds: how continuous actions are fitted into their bounds, `clip` or `tanh`.
       **params: more of these parameters.
 

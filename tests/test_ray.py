@@ -83,7 +83,7 @@ EVERY_KIND = pytest.mark.parametrize(
 
 
 @pytest.mark.slow
-@EVERY_KIND
+@pytest.mark.parametrize("environment", ["CartPole-v1", "gymnasium:CartPole-v1"])
 def test_one_worker_on_ray_is_one_worker_in_a_thread(cluster, environment):
     if environment.startswith("ale:"):
         pytest.importorskip("ale_py")

@@ -126,7 +126,7 @@ TASKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "made_on"),
-    [*((task, "two cores") for task in TASKS), ("cartpole", "one core"), ("lstm", "one core")],
+    [*((task, "two cores") for task in TASKS), ("cartpole", "one core")],
 )
 def test_a_run_is_repeated_and_continued_on_another_number_of_cores_bit_for_bit(
     task, made_on, tmp_path
