@@ -4,8 +4,8 @@ import os
 import sys
 import tempfile
 
-# The processes that run tests, and those that tests start, inherit the folder of the first one.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# The processes that run tests, and those that tests start, inherit the folder of the first one, or the one that is given.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="a3c-jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
