@@ -5,7 +5,7 @@ import functools
 import inspect
 from typing import Any
 
-from a3c_jax.host_environment import HostEnvironment
+from a3c_jax.host_environment import HostEnvironment, check_option
 from a3c_jax.names import import_named, parse_name
 
 _OWN_OPTIONS = ("life_loss", "step_seconds", "episodes_per_seed")
@@ -140,13 +140,7 @@ def _ale_episodes_per_seed(game: str, arguments: dict[str, Any]) -> int:
 
 def _check_ale(name: str, arguments: dict[str, Any]) -> None:
     """Refuses numbers at which the emulator crashes, or never returns from a step."""
-
-    def check(key: str, value: Any, is_right: bool, rule: str) -> None:
-        if not is_right:
-            raise ValueError(
-                f"{key} of environment {name!r} must be {rule}, got {value!r}; leave it out."
-            )
-
+    check = functools.partial(check_option, name)
     for key, least in _ALE_LEAST.items():
         value = arguments.get(key, least)
         is_right = isinstance(value, int) and value >= least

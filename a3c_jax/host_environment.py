@@ -283,13 +283,16 @@ def _check_parts(name: str, made: Any) -> None:
         )
 
 
-def _check_options(name: str, life_loss: Any, seconds: Any, episodes: Any) -> None:
-    def check(key: str, value: Any, is_right: bool, rule: str) -> None:
-        if not is_right:
-            raise ValueError(
-                f"{key} of environment {name!r} must be {rule}, got {value!r}; leave it out."
-            )
+def check_option(name: str, key: str, value: Any, is_right: bool, rule: str) -> None:
+    """Raises a ValueError if an option of an environment is not right."""
+    if not is_right:
+        raise ValueError(
+            f"{key} of environment {name!r} must be {rule}, got {value!r}; leave it out."
+        )
 
+
+def _check_options(name: str, life_loss: Any, seconds: Any, episodes: Any) -> None:
+    check = functools.partial(check_option, name)
     is_positive = isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0
     check("life_loss", life_loss, isinstance(life_loss, bool), "True or False")
     check("step_seconds", seconds, seconds is None or is_positive, "a positive number or None")

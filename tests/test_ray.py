@@ -72,7 +72,14 @@ def parent(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-EVERY_KIND = pytest.mark.parametrize(
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", ["CartPole-v1", "gymnasium:CartPole-v1"])
+def test_one_worker_on_ray_is_one_worker_in_a_thread(cluster, environment):
+    built = program(config_of(environment, max_steps=8 * 12))
+    assert_equal_runs(train(built, ray="auto"), train(built))
+
+
+@pytest.mark.parametrize(
     "environment",
     [
         "CartPole-v1",
@@ -80,18 +87,6 @@ EVERY_KIND = pytest.mark.parametrize(
         pytest.param("ale:pong", marks=pytest.mark.slow),
     ],
 )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("environment", ["CartPole-v1", "gymnasium:CartPole-v1"])
-def test_one_worker_on_ray_is_one_worker_in_a_thread(cluster, environment):
-    if environment.startswith("ale:"):
-        pytest.importorskip("ale_py")
-    built = program(config_of(environment, max_steps=8 * 12))
-    assert_equal_runs(train(built, ray="auto"), train(built))
-
-
-@EVERY_KIND
 def test_the_schedule_of_a_run_on_ray_repeats_it_in_one_thread(cluster, environment):
     if environment.startswith("ale:"):
         pytest.importorskip("ale_py")
