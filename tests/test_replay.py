@@ -265,11 +265,13 @@ def test_a_replay_from_any_checkpoint_is_that_of_the_whole_run(tmp_path, optimiz
 
 def test_a_start_that_the_schedule_does_not_lead_to_is_refused(tmp_path):
     config = small(num_workers=2)
-    schedule = train(config).schedule
     start = cut_short(config, 20, tmp_path)
-    other = Schedule(1 - schedule.worker, np.arange(len(schedule.worker)))
-    with pytest.raises(ValueError, match="start must be a checkpoint of the run whose schedule"):
-        replay(config, other, start=start)
+    schedule = start.schedule
+    other_workers = schedule._replace(worker=1 - schedule.worker)
+    other_versions = schedule._replace(pulled_version=np.zeros_like(schedule.pulled_version))
+    for other in (other_workers, other_versions):
+        with pytest.raises(ValueError, match="start must be a checkpoint of the run whose sched"):
+            replay(config, other, start=start)
     with pytest.raises(ValueError, match="must not lie after the last update to replay, 10, got a"):
         replay(config, schedule, start=start, until=10)
     with pytest.raises(ValueError, match="params must not be given with start"):
