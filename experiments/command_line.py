@@ -166,7 +166,15 @@ def _run_example(
             ray=ray,
         )
     steps_before = 0 if checkpoint is None else checkpoint.environment_steps
-    report.report(result, run_dir, options, import_seconds, steps_before, plot_options)
+    report.report(
+        result,
+        run_dir,
+        evaluation_episodes=options.evaluation_episodes,
+        gif=options.gif,
+        import_seconds=import_seconds,
+        steps_before=steps_before,
+        plot_options=plot_options,
+    )
     return run_dir
 
 

@@ -21,8 +21,7 @@ from a3c_jax.asynchrony.evaluation import Policy
 from a3c_jax.asynchrony.signals import raise_noted
 from a3c_jax.asynchrony.whole_files import writing_whole
 from a3c_jax.host_environment import HostEnvironment
-from experiments.command_line import Options
-from experiments.run_folder import write_json
+from experiments.run_folder import print_training, write_json
 
 Evaluations = dict[str, dict[str, float]]
 
@@ -30,7 +29,9 @@ Evaluations = dict[str, dict[str, float]]
 def report(
     result: a3c_jax.TrainResult,
     run_dir: Path,
-    options: Options,
+    *,
+    evaluation_episodes: int,
+    gif: bool,
     import_seconds: float,
     steps_before: int,
     plot_options: Mapping[str, Any],
@@ -40,7 +41,8 @@ def report(
     Args:
       result: what `a3c_jax.train` returned.
       run_dir: where all of it goes.
-      options: of the command line.
+      evaluation_episodes: how many each policy plays.
+      gif: whether to write play.gif as well.
       import_seconds: how long the imports took.
       steps_before: the environment steps of the run that this one went on with.
       plot_options: options of `experiments.plotting.learning_curve`.
@@ -62,10 +64,10 @@ def report(
     # Loading what draws the picture takes as long as compiling an evaluation.
     threading.Thread(target=importlib.import_module, args=["experiments.plotting"]).start()
     with _saying_what_is_saved(run_dir):
-        evaluations = evaluate_policies(result, options.evaluation_episodes)
+        evaluations = evaluate_policies(result, evaluation_episodes)
         print_evaluation(evaluations)
         writer.write(lambda: _draw(result, run_dir, evaluations, plot_options))
-        if options.gif:
+        if gif:
             from experiments.animation import animate
 
             writer.write(lambda: animate(run_dir / "play.gif", result))
@@ -192,22 +194,6 @@ def summarize(result: a3c_jax.TrainResult) -> dict[str, Any]:
         "best_mean_return": result.best_mean_return,
         "mean_staleness": staleness / result.version if result.version else None,
     }
-
-
-def print_training(result: a3c_jax.TrainResult, steps_before: int = 0) -> None:
-    """Prints why a run ended, and the mean return of its last episodes."""
-    config = result.config
-    rate = (result.environment_steps - steps_before) / max(result.wall_clock["train"], 1e-9)
-    returns = result.episodes.episode_return
-    last = returns[-config.solved_window :]
-    skipped = f", of which {result.skipped:,} were skipped" if result.skipped else ""
-    print(
-        f"\n{config.environment}, seed {config.seed}: stopped by {result.stop_reason} after "
-        f"{result.environment_steps:,} steps, {len(returns):,} episodes, {result.version:,} updates{skipped}\n"
-        f"  mean return of the last {config.solved_window} episodes: "
-        f"{f'{last.mean():.1f}' if last.size else '-'}, "
-        f"{rate:,.0f} steps/s, overshoot {result.overshoot:,} steps"
-    )
 
 
 def print_evaluation(evaluations: Evaluations) -> None:

@@ -122,6 +122,22 @@ def train_in_folder(
         raise
 
 
+def print_training(result: "a3c_jax.TrainResult", steps_before: int = 0) -> None:
+    """Prints why a run ended, and the mean return of its last episodes."""
+    config = result.config
+    rate = (result.environment_steps - steps_before) / max(result.wall_clock["train"], 1e-9)
+    returns = result.episodes.episode_return
+    last = returns[-config.solved_window :]
+    skipped = f", of which {result.skipped:,} were skipped" if result.skipped else ""
+    print(
+        f"\n{config.environment}, seed {config.seed}: stopped by {result.stop_reason} after "
+        f"{result.environment_steps:,} steps, {len(returns):,} episodes, {result.version:,} updates{skipped}\n"
+        f"  mean return of the last {config.solved_window} episodes: "
+        f"{f'{last.mean():.1f}' if last.size else '-'}, "
+        f"{rate:,.0f} steps/s, overshoot {result.overshoot:,} steps"
+    )
+
+
 @contextlib.contextmanager
 def exit_if_cut_short(
     run_dir: Path, resume: "a3c_jax.Checkpoint | None", options: Sequence[str] = ()
@@ -140,8 +156,6 @@ def exit_if_cut_short(
     try:
         yield
     except a3c_jax.TrainingInterrupted as interruption:
-        from experiments.report import print_training
-
         print_training(interruption.result, 0 if resume is None else resume.environment_steps)
         print(f"run folder: {run_dir}\n{go_on}")
         _end_process(128 + interruption.signal)
