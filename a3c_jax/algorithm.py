@@ -12,14 +12,13 @@ import jax
 
 from a3c_jax import normalization
 from a3c_jax.config import A3CConfig
-from a3c_jax.losses import a3c_loss
+from a3c_jax.losses import Metrics, a3c_loss
 from a3c_jax.networks import ActorCritic, network_functions, trajectory_apply
 from a3c_jax.protocol import Environment
 from a3c_jax.rollout import Trajectory
 from a3c_jax.torsos import choose_torso
 
 Array = jax.Array
-Metrics: TypeAlias = dict[str, Array]
 Loss: TypeAlias = Callable[[Any, Callable[[Any, Any], Any], Trajectory], tuple[Array, Metrics]]
 
 SHARED = "algorithm"

@@ -183,7 +183,8 @@ class HostState:
     Attributes:
       entropy: what all seeds are derived from, `[2]` uint32.
       episode: the number of each environment's running episode, `[N]` int32; -1 before the first.
-      actions: the last actions, `[L, N, ...]`, with L at least the length of the longest running episode.
+      actions: the last actions, `[L, N, ...]`, with L at least the length of the longest running episode,
+        unless that is longer than `MOST_REMEMBERED`.
       live: the open environments. It is no array, and not saved.
       clock: what `live.clock` was then.
     """

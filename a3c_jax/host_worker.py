@@ -237,7 +237,7 @@ class CompiledHostStep:
         """The state with arrays on the host, and its environments open where it says that they stand."""
         saved = state.environment
         stands_there = live.player is not None and saved.clock == live.clock
-        # First of all, so that no state is taken for theirs if they fail on the way.
+        # First of all, so that a saved clock never equals it again if they fail on the way.
         live.clock += 1
         if stands_there:
             return state

@@ -17,14 +17,14 @@ Three rules hold throughout.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Metrics = dict[str, Array]
+Metrics: TypeAlias = dict[str, Array]
 
 
 def _as_floats(**arrays: Any) -> list[Array]:

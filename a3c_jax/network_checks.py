@@ -10,7 +10,7 @@ import numpy as np
 from a3c_jax.action_values import EpsilonGreedy
 from a3c_jax.config import A3CConfig
 from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorical
-from a3c_jax.networks import NetworkFunctions, network_functions
+from a3c_jax.networks import network_functions
 from a3c_jax.normalization import is_shape
 from a3c_jax.protocol import Environment
 from a3c_jax.torsos import SMALLEST_FRAME, frames_first
@@ -64,31 +64,20 @@ def check_network(
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def outputs(key: Array, observation: Any) -> Array:
-        return _outputs(environment, network, functions, key, observation, num_envs)
+        params = network.init(key, observation)
+        carry = functions.initialize_carry(num_envs)
+        distribution, _ = functions.act(params, observation, carry)
+        _check_distribution(environment, distribution, num_envs)
+        _check_value(functions.value(params, observation, carry), (num_envs,))
+        segment = jax.tree.map(lambda x: x[None], observation)
+        starts = jnp.zeros((1, num_envs), bool)
+        _, value, _ = functions.unroll(params, segment, carry, starts)
+        _check_value(value, (1, num_envs))
+        action = distribution.sample(key)
+        _check_action(environment, action, num_envs)
+        return action
 
     return jax.eval_shape(outputs, key, observation)
-
-
-def _outputs(
-    environment: Environment,
-    network: Any,
-    functions: NetworkFunctions,
-    key: Array,
-    observation: Any,
-    num_envs: int,
-) -> Array:
-    params = network.init(key, observation)
-    carry = functions.initialize_carry(num_envs)
-    distribution, _ = functions.act(params, observation, carry)
-    _check_distribution(environment, distribution, num_envs)
-    _check_value(functions.value(params, observation, carry), (num_envs,))
-    segment = jax.tree.map(lambda x: x[None], observation)
-    starts = jnp.zeros((1, num_envs), bool)
-    _, value, _ = functions.unroll(params, segment, carry, starts)
-    _check_value(value, (1, num_envs))
-    action = distribution.sample(key)
-    _check_action(environment, action, num_envs)
-    return action
 
 
 def _check_distribution(environment: Environment, distribution: Any, num_envs: int) -> None:

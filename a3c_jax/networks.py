@@ -123,7 +123,7 @@ class ActorCritic(nn.Module):
     def initialize_carry(self, num_envs: int) -> Carry:
         """What the network remembers at an episode's start, a tree of `[N, ...]`; `()` without a core."""
         carry = initial_carry(self.core, self.core_size, num_envs)
-        return carry if self.core is None or self.shared_torso else (carry, carry)
+        return self._join(carry, carry)
 
     def __call__(self, observation: Any, carry: Carry = None) -> tuple[Distribution, Array]:
         """Maps observations `[..., *observation]` to a distribution and values, both of batch `[...]`.
@@ -151,12 +151,9 @@ class ActorCritic(nn.Module):
         """One step of the policy, and the carry after it. The critic is computed only if it has a memory of its own."""
         actor_carry, critic_carry = self._split(carry)
         features, actor_carry = self.actor_trunk(observation, actor_carry)
-        if self.core is None:
-            return self._policy(features), ()
-        if self.shared_torso:
-            return self._policy(features), actor_carry
-        _, critic_carry = self.critic_trunk(observation, critic_carry)
-        return self._policy(features), (actor_carry, critic_carry)
+        if self.core is not None and not self.shared_torso:
+            _, critic_carry = self.critic_trunk(observation, critic_carry)
+        return self._policy(features), self._join(actor_carry, critic_carry)
 
     def value(self, observation: Any, carry: Carry) -> Array:
         """The value of an observation that follows the carry, `[...]`."""
@@ -169,12 +166,10 @@ class ActorCritic(nn.Module):
         """T steps: see `Trunk.unroll`. Returns distribution and values `[T, N]`, and the carry after each step."""
         actor_carry, critic_carry = self._split(carry)
         features, actor_carries = self.actor_trunk.unroll(observation, actor_carry, starts)
-        policy = self._policy(features)
-        if self.shared_torso:
-            return policy, self._value(features), actor_carries
-        features, critic_carries = self.critic_trunk.unroll(observation, critic_carry, starts)
-        carries = () if self.core is None else (actor_carries, critic_carries)
-        return policy, self._value(features), carries
+        policy, critic_carries = self._policy(features), actor_carries
+        if not self.shared_torso:
+            features, critic_carries = self.critic_trunk.unroll(observation, critic_carry, starts)
+        return policy, self._value(features), self._join(actor_carries, critic_carries)
 
     def _first_carry(self, observation: Any) -> Carry:
         if self.core is None:
@@ -184,6 +179,10 @@ class ActorCritic(nn.Module):
     def _split(self, carry: Carry) -> tuple[Carry, Carry]:
         """The actor's carry and the critic's."""
         return (carry, carry) if self.core is None or self.shared_torso else carry
+
+    def _join(self, actor: Carry, critic: Carry) -> Carry:
+        """What `_split` takes apart."""
+        return actor if self.core is None or self.shared_torso else (actor, critic)
 
     def _policy(self, features: Array) -> Distribution:
         outputs = self.policy_head(features)  # logits, never probabilities; or means

@@ -145,7 +145,8 @@ def checked_optimizer(
     def make(config: A3CConfig, learning_rate: Any) -> optax.GradientTransformation:
         if is_function:
             return optimizer(learning_rate)
-        if isinstance(config.learning_rate, float):  # and not traced by a simulation
+        # `Program.replace` may have changed it. A simulation traces it.
+        if isinstance(config.learning_rate, float):
             _check_defaults(config, ["learning_rate"], "optimizer", "build it into your optimizer")
         return made
 

@@ -32,7 +32,7 @@ class Trajectory(NamedTuple):
         it out.
       valid_tm1: False at a step that only began an environment's next episode, so that its action did nothing and
         the losses leave it out, `[T, N]` bool. None if every step counts, as in all environments but those of
-        Gymnasium whose autoreset is NextStep.
+        Gymnasium that begin their episodes so (`a3c_jax.autoreset`).
     """
 
     observation_tm1: Any

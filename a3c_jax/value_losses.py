@@ -50,10 +50,8 @@ def q_learning_loss(
 
     Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm 1.
     """
-    _assert_action_values(q_tm1, action_tm1, q_t)
     # With lambda zero the return looks one step ahead.
-    target_tm1 = n_step_returns(r_t, discount_t, q_t.max(-1), 0.0)
-    return _squared_error(q_tm1, action_tm1, target_tm1, valid_tm1)
+    return n_step_q_loss(q_tm1, action_tm1, r_t, discount_t, q_t, 0.0, valid_tm1)
 
 
 def sarsa_loss(

@@ -21,7 +21,8 @@ class SegmentReport(NamedTuple):
     """What a worker reports of a segment.
 
     Attributes:
-      metrics: what the loss reports of itself, and `gradient_norm`, scalars by name.
+      metrics: what the loss reports of itself, and `gradient_norm`, scalars by name; empty if the algorithm learns at
+        the newest parameters, because they come with the update then.
       episodes: the episodes that ended.
       num_episodes: how many episodes ended, a scalar, int32.
     """
@@ -124,11 +125,10 @@ def learn(
 
     segment = Segment(trajectory._replace(reward_t=reward_t), state.own, segment_moments)
     num_episodes = jnp.sum(episodes.ended, dtype=jnp.int32)
-    sent: Any = segment
-    metrics: Metrics = {}
-    if not algorithm.learns_at_newest:
-        sent, metrics = differentiate(algorithm, params, segment)
-    return sent, state, SegmentReport(metrics, episodes, num_episodes)
+    if algorithm.learns_at_newest:
+        return segment, state, SegmentReport({}, episodes, num_episodes)
+    gradients, metrics = differentiate(algorithm, params, segment)
+    return gradients, state, SegmentReport(metrics, episodes, num_episodes)
 
 
 def differentiate(algorithm: Algorithm, params: Any, segment: Segment) -> tuple[Any, Metrics]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import signal
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from flax import serialization
 import a3c_jax
 import experiments
 from a3c_jax.asynchrony.evaluation import Policy
-from a3c_jax.asynchrony.signals import raise_noted
+from a3c_jax.asynchrony.signals import number_of, raise_noted
 from a3c_jax.asynchrony.whole_files import writing_whole
 from a3c_jax.host_environment import HostEnvironment
 from experiments.run_folder import print_training, write_json
@@ -119,7 +118,7 @@ def _saying_what_is_saved(run_dir: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as interruption:
         raise KeyboardInterrupt(
-            *(interruption.args or (signal.SIGINT,)),
+            number_of(interruption),
             f"the training is done, and what it has learnt is in {run_dir}",
             f"evaluate it with: python -m experiments.evaluate {run_dir}",
         ) from None

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import a3c_jax
-from a3c_jax.asynchrony.signals import noted_signals
+from a3c_jax.asynchrony.signals import noted_signals, number_of
 from a3c_jax.asynchrony.whole_files import writing_whole
 
 
@@ -182,8 +181,7 @@ def exit_on_interruption() -> Iterator[None]:
             yield
         except KeyboardInterrupt as interruption:
             print("interrupted", *interruption.args[1:], sep="; ", file=sys.stderr)
-            number = interruption.args[0] if interruption.args else signal.SIGINT
-            _end_process(128 + number)
+            _end_process(128 + number_of(interruption))
 
 
 def _resume_command(run_dir: Path) -> str:

@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 import tyro
 
+from a3c_jax.asynchrony.signals import number_of
 from a3c_jax.config import A3CConfig, available_cores
 from experiments.command_line import exit_on_bad_input, parse
 from experiments.compilation_cache import CompilationCache
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         _run(runs, processes, parsed)
     except KeyboardInterrupt as interruption:
         print(f"\ninterrupted; {go_on}", file=sys.stderr)
-        raise SystemExit(128 + (*interruption.args, signal.SIGINT)[0]) from None
+        raise SystemExit(128 + number_of(interruption)) from None
     from experiments import sweep_report
 
     print(sweep_report.table(runs))
@@ -123,7 +124,7 @@ def _parse(arguments: Sequence[str]) -> Arguments:
     if arguments and not arguments[0].startswith("-"):
         default = Arguments(example=arguments[0], grid=_grid_of(arguments[0]))
     parsed = parse("sweep", Arguments, __doc__, arguments, default=default)
-    if parsed.resume is None and parsed.example != default.example or not arguments:
+    if not arguments or (parsed.resume is None and parsed.example != default.example):
         raise ValueError(f"an example must come first; give one of {', '.join(EXAMPLES)}.")
     if parsed.resume is not None:
         for name in ("example", "seeds", "first_seed", "run_dir", "grid"):

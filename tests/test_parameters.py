@@ -397,15 +397,16 @@ def test_an_update_between_a_pull_and_its_note_makes_the_worker_pull_again():
 def test_what_is_frozen_is_of_one_moment_between_two_updates():
     store, told, frozen = SharedParameters(jnp.zeros(()), SGD), [], []
     reader = threading.Thread(
-        target=lambda: frozen.append(store.freeze(lambda: len(told))), daemon=True
+        target=lambda: frozen.append(store.freeze(lambda: (len(told), store.log.seal()))),
+        daemon=True,
     )
     with store.applying(jnp.float32(-1.0), 0):
         reader.start()
         time.sleep(0.1)
         told.append("in the middle of an update")
     reader.join(TIMEOUT)
-    ((state, count),) = frozen
-    assert state.snapshot.version == float(state.snapshot.params) == state.updates == 1
+    ((state, (count, updates)),) = frozen
+    assert state.snapshot.version == float(state.snapshot.params) == updates == 1
     assert count == 1
 
 

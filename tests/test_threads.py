@@ -161,8 +161,8 @@ def test_the_states_at_any_moment_are_those_of_that_version():
     store, states, seen = make_store(), [0] * 3, []
 
     def look():
-        state, numbers = store.freeze(lambda: list(states))
-        seen.append((state.snapshot.version, state.updates, sum(numbers)))
+        state, (numbers, updates) = store.freeze(lambda: (list(states), store.log.seal()))
+        seen.append((state.snapshot.version, updates, sum(numbers)))
         if len({version for version, _, _ in seen}) == 30:
             threads.stop()
 
@@ -424,14 +424,16 @@ def test_an_exception_of_the_tick_comes_through_and_leaves_no_thread_alive(kind)
 
 
 def test_a_run_that_fails_waits_for_the_segments_being_played():
-    store = make_store()
+    store, playing = make_store(), threading.Barrier(3)
 
     def step(params, state):
+        playing.wait(TIMEOUT)
         assert threads._stop.wait(TIMEOUT)  # until the run has failed
         time.sleep(0.1)
         return count(params, state)
 
     def on_tick():
+        playing.wait(TIMEOUT)
         raise Boom
 
     threads = WorkerThreads(step, store, [0] * 2)
@@ -454,6 +456,12 @@ def test_replaying_the_schedule_in_one_thread_gives_the_same_run_bit_for_bit(opt
     start = jnp.linspace(-1.0, 1.0, dimensions)
     initial_states = list(jax.random.normal(jax.random.key(0), (num_workers, dimensions)))
     compiled = jax.jit(wander)
+    optimizer = Updater(*map(jax.jit, make_updater(optimizer)))
+    warm = SharedParameters(
+        start, optimizer
+    )  # compiles, which four threads at once would take long to do
+    for version in range(2):
+        warm.apply(compiled(start, initial_states[0])[0], version, 0)
     store, states = SharedParameters(start, optimizer), list(initial_states)
     all_have_pulled = threading.Barrier(num_workers)
     this_thread = threading.local()

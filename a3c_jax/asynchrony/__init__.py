@@ -10,7 +10,7 @@
 | `thread_pools` | how many threads XLA and the linear algebra library compute with                      |
 | `turns`       | limits how many threads run at once                                                    |
 | `threads`     | `WorkerThreads`: each pulls, steps and applies, again and again                        |
-| `metrics`     | exact counters, the log of episodes, and the sinks that show them                      |
+| `metrics`     | exact counters, the log of episodes, what a sink is, and the progress bar              |
 | `json_lines`  | a sink that appends rows to a file                                                     |
 | `sinks`       | sinks for TensorBoard, Weights & Biases and trackio                                    |
 | `objects`     | what a run was given as an object, by name                                             |

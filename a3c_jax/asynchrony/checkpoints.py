@@ -43,13 +43,15 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     try:
         return load_checkpoint(files[-1])
     except CheckpointError as error:
-        good = next(filter(_is_good, reversed(files[:-1])), None)
-        if good is None:
-            raise
-        raise CheckpointError(
-            f"{error} The one before it, {good}, is good (update {load_checkpoint(good).version:,}): "
-            "give its name to go on from there."
-        ) from error
+        for file in reversed(files[:-1]):
+            try:
+                version = load_checkpoint(file).version
+            except CheckpointError:
+                continue
+            raise CheckpointError(
+                f"{error} The one before it, {file}, is good (update {version:,}): give its name to go on from there."
+            ) from error
+        raise
 
 
 def check_same_run(before: A3CConfig, now: A3CConfig) -> None:
@@ -64,11 +66,12 @@ def check_same_run(before: A3CConfig, now: A3CConfig) -> None:
     may_differ = {"max_steps", "max_episodes", "solved_return", "max_concurrent_workers"}
     if now.learning_rate_schedule == "linear":
         may_differ.remove("max_steps")
+    wanted = now.as_dict()
     for name, value in before.as_dict().items():
-        if name not in may_differ and now.as_dict()[name] != value:
+        if name not in may_differ and wanted[name] != value:
             raise ValueError(
                 f"A3CConfig.{name} must be the checkpoint's {value!r} to go on from it, got "
-                f"{now.as_dict()[name]!r}; only {', '.join(sorted(may_differ))} may change."
+                f"{wanted[name]!r}; only {', '.join(sorted(may_differ))} may change."
             )
 
 
@@ -253,11 +256,3 @@ class CheckpointFolder:
 def _files(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted(folder.glob(f"*{_SUFFIX}"))
-
-
-def _is_good(path: Path) -> bool:
-    try:
-        load_checkpoint(path)
-    except CheckpointError:
-        return False
-    return True

@@ -1,7 +1,9 @@
-"""What a run reports: exact counters, the log of every episode, and the sinks that show them."""
+"""What a run reports: exact counters, the log of every episode, and the progress bar."""
 
+import functools
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,14 +40,14 @@ class Moment(NamedTuple):
     Attributes:
       time: when it was, in seconds of `time.perf_counter`.
       totals: the counters.
-      mean_return: the mean return of the last episodes; NaN if there are none.
-      report: what the segment of the last update reported; None if there is none.
+      mean_return: the mean return of the last episodes, also if they are fewer than the window; NaN if there are none.
+      metrics: gives the metrics of the last update; None if there is none.
     """
 
     time: float
     totals: Totals
     mean_return: float
-    report: Any
+    metrics: Callable[[], dict[str, float]] | None
 
 
 class Counters:
@@ -83,7 +85,7 @@ class Counters:
         self._steps_per_update = steps_per_update
         self._recent: deque[float] = deque(maxlen=window)
         self._mean_of_recent = float("nan")
-        self._last_report: Any = None
+        self._last_metrics: Callable[[], dict[str, float]] | None = None
         self._started = time.perf_counter()
         self._last_row = (self._started, self.totals)
         self._last_taken: Totals | None = None
@@ -134,7 +136,8 @@ class Counters:
             steps, seconds = totals.environment_steps, self.seconds
             self.log.extend(len(returns), update.worker, returns, lengths, steps, seconds)
             self._add_returns(returns.tolist())
-        self.totals, self._last_report = totals, report
+        self.totals = totals
+        self._last_metrics = functools.partial(metrics_of, report, update.metrics)
         if self._updates_per_row is not None and not totals.updates % self._updates_per_row:
             self._moments.append(self.moment())
 
@@ -147,7 +150,7 @@ class Counters:
 
     def moment(self) -> Moment:
         """What a row of now shows."""
-        return Moment(time.perf_counter(), self.totals, self._mean_of_recent, self._last_report)
+        return Moment(time.perf_counter(), self.totals, self._mean_of_recent, self._last_metrics)
 
     def take_moments(self, *, last: bool = False) -> list[Moment]:
         """What the rows to send now show. Call it between two updates (`SharedParameters.atomically`).
@@ -175,7 +178,7 @@ class Counters:
 
     def _make_row(self, moment: Moment) -> Row:
         """The totals so far and the rates since the last row."""
-        now, totals, mean_return, report = moment
+        now, totals, mean_return, metrics = moment
         (then, before), self._last_row = self._last_row, (now, totals)
         updates = totals.updates - before.updates
         steps = totals.environment_steps - before.environment_steps
@@ -189,12 +192,13 @@ class Counters:
             "staleness": (totals.staleness - before.staleness) / max(updates, 1),
             "max_staleness": totals.max_staleness,
         }
-        return row | ({} if report is None else segment_metrics(report))
+        return row | ({} if metrics is None else metrics())
 
 
-def segment_metrics(report: Any) -> dict[str, float]:
-    """The metrics of a segment's report, by name, as Python numbers."""
-    return {name: float(value) for name, value in report.metrics.items()}
+def metrics_of(report: Any, of_update: Any) -> dict[str, float]:
+    """The metrics that a segment reported, and those of its update (`Update.metrics`), by name, as Python numbers."""
+    metrics = {**report.metrics, **_compiled.unpack(of_update)}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 class Report:
@@ -209,24 +213,22 @@ class Report:
     Attributes:
       num_episodes: how many episodes ended.
       episodes: their returns and their lengths, two vectors; None if there are none.
-      of_update: the metrics of the update, if its loss was differentiated there, as the updater returned them.
     """
 
-    __slots__ = ("_segment_report", "episodes", "num_episodes", "of_update")
+    __slots__ = ("_segment_report", "episodes", "num_episodes")
 
     def __init__(self, segment_report: Any) -> None:
         self._segment_report = segment_report
         self.num_episodes = int(segment_report.num_episodes)
         self.episodes: tuple[np.ndarray, np.ndarray] | None = None
-        self.of_update: Any = {}
         if self.num_episodes:
             ended, returns, lengths = map(np.asarray, segment_report.episodes)
             self.episodes = returns[ended], lengths[ended]
 
     @property
     def metrics(self) -> Any:
-        """The metrics of the segment and of its update, by name."""
-        return {**self._segment_report.metrics, **_compiled.unpack(self.of_update)}
+        """The metrics of the segment, by name."""
+        return self._segment_report.metrics
 
 
 class Sink(Protocol):

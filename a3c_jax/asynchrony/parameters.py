@@ -35,14 +35,12 @@ class StoreState(NamedTuple):
       optimizer_state: the optimizer's state.
       skipped: how many updates were not finite and changed nothing.
       in_flight: the snapshots from which workers are computing gradients, by worker.
-      updates: how many rows of the schedule belong to it.
     """
 
     snapshot: Snapshot
     optimizer_state: Any
     skipped: int
     in_flight: dict[int, Snapshot]
-    updates: int
 
 
 class Update(NamedTuple):
@@ -132,8 +130,9 @@ class SharedParameters:
             if worker is None:
                 return snapshot
             self._in_flight[worker] = snapshot
+            # An update between the two lines above would let a checkpoint miss what this worker plays with.
             if snapshot is self._current[0]:
-                return snapshot  # noted before the next update, so that whoever looks after it sees the note
+                return snapshot
 
     def apply(self, gradients: Any, pulled_version: int, worker: int = 0) -> int:
         """Moves the parameters along one worker's gradients; see `applying`.
@@ -192,9 +191,8 @@ class SharedParameters:
 
         def freeze() -> tuple[StoreState, T]:
             (snapshot, optimizer_state), in_flight = self._current, self._in_flight.copy()
-            updates = self.log.seal()
-            state = StoreState(snapshot, optimizer_state, self._skipped, in_flight, updates)
-            return state, read()
+            self.log.seal()  # so that the schedule can be read up to this version
+            return StoreState(snapshot, optimizer_state, self._skipped, in_flight), read()
 
         return self.atomically(freeze)
 

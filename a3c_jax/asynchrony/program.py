@@ -80,7 +80,6 @@ class Program:
         """
         config = dataclasses.replace(self.config, **changes)
         refused = list(changes_needing_compilation(self.config, config))
-        same_optimizer = is_same_optimizer(self.config, config)
         if "optimizer" in self.objects:
             fields = BUILT_IN_OPTIMIZER_FIELDS
             refused += [f for f in fields if getattr(config, f) != getattr(self.config, f)]
@@ -92,7 +91,7 @@ class Program:
         if isinstance(self.environment, HostEnvironment):
             self.environment.check_copies(config.num_workers, config.envs_per_worker)
         program = dataclasses.replace(self, config=config)
-        if same_optimizer:
+        if is_same_optimizer(self.config, config):
             return program
         blueprint = self.describe(config)
         params, state = program.initial_params(), program.initial_states()[0]
@@ -139,7 +138,8 @@ def build(
     Args:
       config: the configuration.
       environment: what to play instead of the environment that the configuration names: an object with
-        gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`.
+        gymnax's interface, or one of the protocol `a3c_jax.environments.Environment`; a
+        `gymnasium.vector.VectorEnv`, or a function `make(num_envs)` that makes one.
       network: what to train instead of the network that the configuration describes: a module like
         `a3c_jax.networks.ActorCritic`, or anything with `init` and `apply`
         (`a3c_jax.networks.network_functions`).

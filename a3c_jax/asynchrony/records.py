@@ -79,7 +79,7 @@ class EpisodeLog(NamedTuple):
       episode_return: the undiscounted sum of the environment's own rewards, `[E]` float64.
       length: its number of steps, `[E]` int32.
       environment_steps: steps of all workers together when it was reported, `[E]` int64.
-      seconds: since the threads started, `[E]` float64.
+      seconds: of training until then, those before a resume included, `[E]` float64.
     """
 
     worker: np.ndarray

@@ -1,6 +1,7 @@
 """`replay`: repeats in one thread, bit for bit, what a run with any number of workers did."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint
 from a3c_jax.asynchrony.checkpoints import restore_tree
-from a3c_jax.asynchrony.metrics import Report, segment_metrics
+from a3c_jax.asynchrony.metrics import Report, metrics_of
 from a3c_jax.asynchrony.parameters import Snapshot
 from a3c_jax.asynchrony.program import Program, as_program
 from a3c_jax.asynchrony.records import Schedule
@@ -103,12 +104,12 @@ def replay(
     run.start_clock()
     with contextlib.closing(run):
         for k, worker, pulled in needed.updates():
-            gradients, report = _repeat_update(run, worker, pulled, needed.take(k, pulled))
+            gradients, metrics = _repeat_update(run, worker, pulled, needed.take(k, pulled))
             snapshot = run.store.pull()
             needed.add(snapshot)
             if on_update is not None:
                 snapshot = Snapshot(_compiled.unpack(snapshot.params), snapshot.version)
-                on_update(k, snapshot, _compiled.unpack(gradients), segment_metrics(report))
+                on_update(k, snapshot, _compiled.unpack(gradients), metrics())
         return run.finish("replayed")
 
 
@@ -187,8 +188,10 @@ class _Versions:
             del self._params[version]
 
 
-def _repeat_update(run: Run, worker: int, pulled_version: int, params: Any) -> tuple[Any, Any]:
-    """Makes one update as a worker thread does; its gradients and its report."""
+def _repeat_update(
+    run: Run, worker: int, pulled_version: int, params: Any
+) -> tuple[Any, Callable[[], dict[str, float]]]:
+    """Makes one update as a worker thread does; its gradients, and what gives its metrics."""
     report = None
     try:
         gradients, state, segment_report = run.program.step(params, run.states[worker])
@@ -201,4 +204,4 @@ def _repeat_update(run: Run, worker: int, pulled_version: int, params: Any) -> t
         run.explain(failure)
         failure.result = run.finish("failed")
         raise failure from error
-    return gradients, report
+    return gradients, functools.partial(metrics_of, report, update.metrics)

@@ -10,7 +10,7 @@ from a3c_jax import _compiled
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint, CheckpointError, library_versions
 from a3c_jax.asynchrony.checkpoints import check_same_run, restore_tree
 from a3c_jax.asynchrony.logs import Log, map_rows
-from a3c_jax.asynchrony.metrics import Counters, Row, Totals, segment_metrics
+from a3c_jax.asynchrony.metrics import Counters, Row, Totals, metrics_of
 from a3c_jax.asynchrony.objects import check_objects
 from a3c_jax.asynchrony.parameters import (
     NonFiniteError,
@@ -61,7 +61,7 @@ class Run:
         self.counters = Counters(config.steps_per_update, config.solved_window, updates_per_row)
         self.logs: dict[str, Log[Any]] = {"schedule": self.store.log, "episodes": self.counters.log}
         self.stop_reason: str | None = None
-        self._best: tuple[float | None, Any] = (None, initial)
+        self._best: tuple[float | None, Any] = (None, None)
         self._seconds_before = 0.0
         self._setup = time.perf_counter() - began
 
@@ -90,7 +90,6 @@ class Run:
 
     def on_update(self, update: Update, report: Any) -> bool:
         """Counts an update, as part of it; True if it was the last one."""
-        report.of_update = update.metrics
         self.counters.count(update, report)
         if report.num_episodes:
             self._judge(update.snapshot.params)
@@ -161,7 +160,7 @@ class Run:
             environment_steps=totals.environment_steps,
             overshoot=0 if limit is None else max(0, totals.environment_steps - limit),
             episodes=self.counters.log.read(0, episodes),
-            schedule=self.store.log.read(0, state.updates),
+            schedule=self.store.log.read(0, version),
             skipped=state.skipped,
             stop_reason=self.stop_reason,
             wall_clock={
@@ -176,8 +175,7 @@ class Run:
     def explain(self, error: WorkerError) -> None:
         """Appends the names of the metrics that are not finite to the message, if a NonFiniteError was the cause."""
         if isinstance(error.__cause__, NonFiniteError) and error.report is not None:
-            error.report.of_update = error.__cause__.metrics
-            metrics = segment_metrics(error.report)
+            metrics = metrics_of(error.report, error.__cause__.metrics)
             bad = [name for name, value in metrics.items() if not np.isfinite(value)]
             error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
 
@@ -198,7 +196,8 @@ class Run:
                 self.counters.seconds,
             )
         )
-        ends = {"schedule": state.updates, "episodes": episodes}
+        version = state.snapshot.version
+        ends = {"schedule": version, "episodes": episodes}
         logs = {
             name: stored
             for name, log in self.logs.items()
@@ -210,7 +209,7 @@ class Run:
             config=self.program.config,
             params=params,
             optimizer_state=name_leaves(_compiled.unpack(state.optimizer_state)),
-            schedule=self.store.log.read(0, state.updates),
+            schedule=self.store.log.read(0, version),
             skipped=state.skipped,
             states=stack_leaves(named),
             episodes=self.counters.log.read(0, episodes),
@@ -223,7 +222,7 @@ class Run:
             in_flight={
                 snapshot.version: name_leaves(_compiled.unpack(snapshot.params))
                 for snapshot in state.in_flight.values()
-                if snapshot.version < state.updates
+                if snapshot.version < version
             },
             logs=logs or None,
         )
@@ -259,7 +258,6 @@ class Run:
             optimizer_state,
             checkpoint.skipped,
             in_flight={},
-            updates=checkpoint.version,
         )
         self.store.restore(state, _stored_rows(checkpoint, "schedule", self.store.log))
         totals = Totals(

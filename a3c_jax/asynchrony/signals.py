@@ -59,3 +59,8 @@ def raise_noted() -> None:
     """
     if _noted and threading.current_thread() is threading.main_thread():
         raise KeyboardInterrupt(_noted[0])
+
+
+def number_of(interruption: KeyboardInterrupt) -> int:
+    """The number of the signal behind an interruption: its first argument, or SIGINT if Python raised it by itself."""
+    return int((*interruption.args, signal.SIGINT)[0])

@@ -186,8 +186,8 @@ def _make_update(
         applied = is_possible & optimizer_state.finite
         runs = now.runs & (applied | skips)
         applied &= runs
-        params, optimizer_state = _select(
-            applied,
+        params, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(applied, new, old),
             (ravel_pytree(new_params)[0], optimizer_state),
             (now.params, now.optimizer_state),
         )
@@ -223,14 +223,9 @@ def _is_first(worker: Array) -> Array:
     return jnp.argmax(worker[:, None] == worker, axis=1) == jnp.arange(len(worker))
 
 
-def _select(condition: Array, new: Any, old: Any) -> Any:
-    """One tree or the other."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
-
-
-def _mean_return(episodes: Any, runs: Array) -> tuple[Array, Array]:
-    """How many episodes ended in a segment, and their mean return; none if the run has stopped."""
-    ended = episodes.ended & runs
+def _mean_return(episodes: Any, counts: Array) -> tuple[Array, Array]:
+    """How many episodes ended in a segment, and their mean return; none if the segment does not count."""
+    ended = episodes.ended & counts
     count = jnp.sum(ended, dtype=jnp.int32)
     total = jnp.sum(jnp.where(ended, episodes.episode_return, 0.0))
     return count, total / jnp.maximum(count, 1)

@@ -93,8 +93,8 @@ class WorkerThreads:
         self._steps = [step] * len(states) if callable(step) else list(step)
         self._store = store
         self._states = states
-        self._read_report = read_report
-        self._on_update = on_update
+        self._read_report = read_report or (lambda report: report)
+        self._on_update = on_update or (lambda update, report: None)
         self._max_updates = max_updates
         self._turns = Turns(max_running or len(states), turn_seconds)
         self._begun = 0
@@ -161,10 +161,9 @@ class WorkerThreads:
                 version, report = None, None
                 params, version = self._store.pull(worker)
                 gradients, state, report = step(params, self._states[worker])
-                if self._read_report is not None:
-                    report = self._read_report(report)
+                report = self._read_report(report)
                 with self._store.applying(gradients, version, worker) as update:
-                    if self._on_update is not None and self._on_update(update, report):
+                    if self._on_update(update, report):
                         self.stop()
                     self._states[worker] = state
         except StepAbandoned:

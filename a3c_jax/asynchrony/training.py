@@ -1,7 +1,6 @@
 """`train`: runs a program in worker threads, shows what happens, and saves it."""
 
 import contextlib
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from a3c_jax.asynchrony.ray_workers import steps_on_ray
 from a3c_jax.asynchrony.reporting import Outlets, Progress
 from a3c_jax.asynchrony.result import TrainResult
 from a3c_jax.asynchrony.run import Run
-from a3c_jax.asynchrony.signals import noted_signals
+from a3c_jax.asynchrony.signals import noted_signals, number_of
 from a3c_jax.asynchrony.sinks import CallFunction
 from a3c_jax.asynchrony.thread_pools import warn_if_different
 from a3c_jax.asynchrony.threads import Step, WorkerError, WorkerThreads
@@ -124,7 +123,7 @@ def train(
             with (
                 contextlib.closing(run),
                 steps_on_ray(program, ray, stopping) as steps,
-                _keeping(checkpoints, run, resume),
+                checkpoints.keeping(run.logs, resume) if checkpoints else contextlib.nullcontext(),
             ):
                 threads = _make_threads(run, steps, stopping)
                 progress = Progress(run, outlets, checkpoints)
@@ -138,8 +137,7 @@ def train(
         if error is None and noted:  # too late to interrupt the threads
             error = KeyboardInterrupt(noted[0])
         if isinstance(error, KeyboardInterrupt):
-            number = error.args[0] if error.args else signal.SIGINT
-            error = TrainingInterrupted(result, number)
+            error = TrainingInterrupted(result, number_of(error))
         outlets.add_failure_to(error)
         error = error or outlets.failure
         if error is not None:
@@ -164,15 +162,6 @@ def _play(
     if isinstance(error, WorkerError):
         run.explain(error)
     return error
-
-
-def _keeping(
-    checkpoints: CheckpointFolder | None, run: Run, resume: Checkpoint | None
-) -> contextlib.AbstractContextManager[None]:
-    """Keeps the run's logs in the folder of checkpoints, if there is one."""
-    if checkpoints is None:
-        return contextlib.nullcontext()
-    return checkpoints.keeping(run.logs, resume)
 
 
 def _check_kinds(checkpoints: Any, resume: Any) -> None:

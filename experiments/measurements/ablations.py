@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     """Simulates, prints the table and draws the picture; returns the run folder."""
     with exit_on_bad_input():
         parsed = parse("measurements.ablations", Arguments, __doc__, arguments)
-        run_dir = start_or_go_on("ablations", parsed.run_dir, dataclasses.asdict(parsed))
+        run_dir = start_or_go_on("ablations", parsed)
     CompilationCache().use()
     from tqdm import tqdm
 

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     with exit_on_bad_input():
         parsed = parse("measurements.atari_games", Arguments, __doc__, arguments)
         options = as_plain(parsed)
-        run_dir = start_or_go_on("atari-games", parsed.run_dir, options)
+        run_dir = start_or_go_on("atari-games", parsed)
     with exit_on_interruption():
         for number, game in enumerate(parsed.games, start=1):
             if not is_done(run_dir / game):

@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         environments.make(parsed.environment)
         for method in parsed.methods:
             algorithms.find_algorithm(method)
-        run_dir = start_or_go_on("data-efficiency", parsed.run_dir, dataclasses.asdict(parsed))
+        run_dir = start_or_go_on("data-efficiency", parsed)
     CompilationCache().use()
     rates, simulated = simulate(parsed, run_dir)
     threaded = train(parsed, run_dir, rates) if parsed.threads else {}

@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     with exit_on_bad_input():
         parsed = parse("measurements.minatar_agents", Arguments, __doc__, arguments)
         options = as_plain(parsed)
-        run_dir = start_or_go_on("minatar-agents", parsed.run_dir, options)
+        run_dir = start_or_go_on("minatar-agents", parsed)
     from tqdm import tqdm
 
     records = Records(run_dir / "returns.jsonl")

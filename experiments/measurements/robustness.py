@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
         for environment in parsed.environments:
             environments.make(environment)
-        run_dir = start_or_go_on("robustness", parsed.run_dir, dataclasses.asdict(parsed))
+        run_dir = start_or_go_on("robustness", parsed)
     CompilationCache().use()
     from tqdm import tqdm
 

@@ -208,13 +208,14 @@ def as_plain(arguments: Any) -> dict[str, Any]:
     return plain
 
 
-def start_or_go_on(name: str, run_dir: Path | None, arguments: dict[str, Any]) -> Path:
+def start_or_go_on(name: str, parsed: Any) -> Path:
     """A new folder for results, or the one in which the same command was begun.
 
     Raises:
       FileExistsError: if the folder holds something else.
     """
-    arguments = json.loads(json.dumps({k: v for k, v in arguments.items() if k != "run_dir"}))
+    run_dir: Path | None = parsed.run_dir
+    arguments = {k: v for k, v in as_plain(parsed).items() if k != "run_dir"}
     if run_dir is not None and run_dir.exists():
         begun = read_json(run_dir / "arguments.json")
         if begun != arguments:

@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         environments.make(parsed.environment)
         for algorithm in parsed.algorithms:
             algorithms.find_algorithm(algorithm)
-        run_dir = start_or_go_on("staleness", parsed.run_dir, dataclasses.asdict(parsed))
+        run_dir = start_or_go_on("staleness", parsed)
     CompilationCache().use()
     from tqdm import tqdm
 
