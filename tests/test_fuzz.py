@@ -17,6 +17,7 @@ from a3c_jax.losses import explained_variance, n_step_advantages, n_step_returns
 
 moderate = settings(
     deadline=None,
+    derandomize=True,  # a rare example should not fail somebody else's change
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -225,7 +226,7 @@ def test_the_explained_variance_is_at_most_one_and_finite(segment):
     value = float(explained_of(jnp.asarray(v_t), jnp.asarray(r_t)))
     assert np.isfinite(value)
     assert value <= 1.0 + 1e-6
-    if 1e-3 <= scale <= 1e6 and r_t.size > 1:
+    if 1e-3 <= scale <= 1e6 and np.ptp(r_t) > 0:
         residual = np.var(np.float64(r_t) - v_t)
         expected = 1.0 - residual / np.var(np.float64(r_t))
         np.testing.assert_allclose(value, expected, rtol=1e-2, atol=1e-2)

@@ -119,7 +119,9 @@ def test_sealed_rows_can_be_read_and_written_while_another_thread_adds_rows(tmp_
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    while writer.is_alive():
+    is_alive = True
+    while is_alive:
+        is_alive = writer.is_alive()
         with lock:
             end = log.seal()
         seen.append((end, log.read(0, end), log.flush(end)))

@@ -15,6 +15,7 @@ from small_runs import refused
 import a3c_jax
 from a3c_jax import A3CConfig, _compiled
 from a3c_jax.blueprint import make_blueprint
+from a3c_jax.config import available_cores
 from experiments.measurements import (
     breakdown,
     convolutions,
@@ -124,7 +125,8 @@ def test_a_measurement_is_as_long_as_asked_and_counts_what_was_done(small_progra
     assert 3 < long.environment_steps / short.environment_steps < 30
     assert long.environment_steps == 20 * long.updates
     assert long.seconds > short.seconds > 0
-    assert long.cpu_seconds > 0 and long.staleness > 0  # two workers
+    assert long.cpu_seconds > 0
+    assert long.staleness > 0 or available_cores() == 1  # two workers
     assert long.steps_per_second == long.environment_steps / long.seconds
 
 
@@ -177,11 +179,11 @@ def test_a_trace_has_every_call_of_every_worker(small_program):
     trace = breakdown.Trace()
     program = trace.program(small_program).replace(max_steps=20 * 500)
     result = a3c_jax.train(program)
-    assert sorted(trace.workers) == ["a3c-worker-0", "a3c-worker-1"]
-    # Either worker may have been the first to make a call.
-    steps = [len(calls["step"]) for _, calls in sorted(trace.workers.items())]
-    assert steps == np.bincount(result.schedule.worker, minlength=2).tolist()
-    assert sum(steps) == 500
+    # One worker may have made all updates before the other one began.
+    updates = np.bincount(result.schedule.worker, minlength=2).tolist()
+    steps = {name: len(calls["step"]) for name, calls in trace.workers.items()}
+    assert steps == {f"a3c-worker-{w}": count for w, count in enumerate(updates) if count}
+    assert sum(updates) == 500
     assert sum(len(calls["update"]) for calls in trace.workers.values()) >= 500
     for calls in trace.workers.values():
         spans = sorted(span for name in calls for span in calls[name])
@@ -227,7 +229,8 @@ def test_the_throughput_leaves_everything_in_its_run_folder(tmp_path, capsys):
     assert [row["quoted_steps_per_second"] for row in results["article"]] == [265, 128]
     assert [row["case"][0] for row in results["breakdown"]] == [1, 2]
     for row in results["breakdown"]:
-        assert len(row["shares"]) == row["case"][0] and row["computed_twice"] >= 0
+        # In such a short run a worker may not have had a turn.
+        assert 1 <= len(row["shares"]) <= row["case"][0] and row["computed_twice"] >= 0
         for parts in row["shares"].values():
             assert min(parts.values()) > 0 and sum(parts.values()) == pytest.approx(1)
 
@@ -299,8 +302,10 @@ def reward_of_half_an_action(environment):
 def test_a_soak_ends_when_its_time_is_up_or_its_budget_is_spent(tmp_path):
     program = a3c_jax.build(dataclasses.replace(SMALL, max_steps=None, max_episodes=2**60))
     samples = soak.Samples()
+    began = time.monotonic()
     result = soak.train_for(2.5, program, samples, a3c_jax.CheckpointFolder(tmp_path))
-    assert result.stop_reason == "interrupted" and 1.0 < result.wall_clock["train"] < 30
+    assert time.monotonic() - began > 2.4
+    assert result.stop_reason == "interrupted" and result.wall_clock["train"] < 60
     assert len(samples.rows) >= 1
     checkpoint = a3c_jax.find_checkpoint(tmp_path)
     assert soak.compare_counters(checkpoint, result)

@@ -45,7 +45,21 @@ STORE_BYTES = 100 * 2**20
 @pytest.fixture(scope="module")
 def cluster():
     """One cluster for all tests, with room for three processes."""
-    ray.init(address="local", num_cpus=3, include_dashboard=False, object_store_memory=STORE_BYTES)
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=3,
+                include_dashboard=False,
+                object_store_memory=STORE_BYTES,
+            )
+            break
+        except (
+            Exception
+        ) as error:  # Ray gives its processes 30 seconds to start, which a busy machine may exceed
+            ray.shutdown()
+            if not attempts_left or "timed out" not in str(error):
+                raise
     yield
     ray.shutdown()
 

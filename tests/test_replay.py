@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from small_runs import (
     OPTIMIZERS,
     WALK,
+    StopAt,
     Walk,
     assert_equal_runs,
     cut_short,
@@ -229,12 +230,31 @@ def test_on_update_sees_each_update_the_parameters_it_led_to_its_gradients_and_m
 # start
 
 
+ENDLESS = {"max_steps": None, "max_episodes": 10**9}
+
+
 def train_and_keep_all(config, folder):
-    """A run's result and all of its many checkpoints, some of which are of moments when workers played."""
-    folder = CheckpointFolder(folder, every_seconds=None, every_updates=1, keep=10**6)
-    result = train(config, checkpoints=folder, interval=0.01)
+    """A run's result and all of its checkpoints. It ends when three of them are of moments when workers played."""
+
+    class Keeps(CheckpointFolder):
+        in_the_middle = 0
+
+        def save(self, checkpoint):
+            self.in_the_middle += bool(checkpoint.in_flight)
+            return super().save(checkpoint)
+
+    class Enough(StopAt):
+        def write(self, row, episodes):
+            if folder.in_the_middle >= 3:
+                super().write(row, episodes)
+
+    folder = Keeps(folder, every_seconds=None, every_updates=1, keep=10**6)
+    # More threads than cores, so that workers wait in the middle of a segment.
+    built = dataclasses.replace(program(config, WALK), max_concurrent_calls=lambda *_: None)
+    with pytest.raises(a3c_jax.TrainingInterrupted) as caught:
+        a3c_jax.train(built, checkpoints=folder, sinks=[Enough(0)], interval=0.01)
     saved = [a3c_jax.load_checkpoint(path) for path in sorted(folder.path.glob("*.checkpoint"))]
-    return result, saved, [checkpoint for checkpoint in saved if checkpoint.in_flight]
+    return caught.value.result, saved, [c for c in saved if c.in_flight]
 
 
 @pytest.mark.parametrize(
@@ -246,9 +266,8 @@ def train_and_keep_all(config, folder):
     ],
 )
 def test_a_replay_from_any_checkpoint_is_that_of_the_whole_run(tmp_path, optimizer, num_workers):
-    config = small(num_workers=num_workers, optimizer=optimizer, max_steps=16_000)
+    config = small(num_workers=num_workers, optimizer=optimizer, **ENDLESS)
     result, saved, in_the_middle = train_and_keep_all(config, tmp_path)
-    assert in_the_middle, "no checkpoint was saved while a worker played"
     for checkpoint in [*in_the_middle[:: -(-len(in_the_middle) // 3)], saved[0], saved[-1]]:
         assert_equal_runs(replay(config, result.schedule, start=checkpoint), result)
     start, end, seen = in_the_middle[0], saved[-2], []
@@ -311,7 +330,7 @@ def test_a_replay_keeps_only_the_parameters_that_later_updates_start_from(tmp_pa
 
 
 def test_the_command_begins_at_a_checkpoint(run_replay, tmp_path):
-    config = small(num_workers=3, max_steps=16_000)
+    config = small(num_workers=3, **ENDLESS)
     result, saved, in_the_middle = train_and_keep_all(config, tmp_path / "checkpoints")
     start, end = in_the_middle[0], saved[-2]
     path = tmp_path / "checkpoints" / f"{start.version:012d}.checkpoint"

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import types
 
 import pytest
 
@@ -94,20 +95,22 @@ def test_as_many_threads_run_as_there_are_places_and_the_next_waits(make):
     until(lambda: c.number_done == 1)
 
 
-def test_a_thread_keeps_its_place_while_its_turn_lasts_and_goes_to_the_end_afterwards(make):
-    turns, a, b = make(2, places=1, seconds=0.3)
+def test_a_thread_keeps_its_place_while_its_turn_lasts_and_goes_to_the_end_afterwards(
+    make, monkeypatch
+):
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("a3c_jax.asynchrony.turns.time", clock)
+    turns, a, b = make(2, places=1, seconds=1.0)
     a.wait()
-    began = time.monotonic()
     b.wait()
     for _ in range(3):
         a.wait()
-    if time.monotonic() - began < 0.3:  # unless the machine was very slow
-        assert (a.number_done, b.number_done) == (4, 0)
-    time.sleep(0.31)
-    done = a.number_done
+    assert (a.number_done, b.number_done) == (4, 0)
+    now[0] += 1.0
     a.wait_and_pass_on(b)
-    assert a.number_done == done and len(turns._waiting) == 1
-    time.sleep(0.31)
+    assert a.number_done == 4 and len(turns._waiting) == 1
+    now[0] += 1.0
     b.wait_and_pass_on(a)
 
 
