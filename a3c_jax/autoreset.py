@@ -10,8 +10,8 @@ all three ways:
 | NextStep | the last observation; the next `step` only resets, whatever the action  | that step is marked, and losses leave it out |
 
 Gymnasium's own `SyncVectorEnv` and `AsyncVectorEnv` and ale-py's `AtariVectorEnv` can reset some of their environments
-with a seed for each. With Disabled, or with NextStep and no wrapper around, that is used, and both modes are the first line of
-the table: each episode gets a seed of its own, so that it can be played again from that seed and its actions
+with a seed for each. With Disabled, or with NextStep and no wrapper around, that is used, and what the table says of Disabled
+holds for both: each episode gets a seed of its own, so that it can be played again from that seed and its actions
 (`VectorPlayer.put_back`). Where a seed costs much, several episodes may follow one another from one (`episodes_per_seed`).
 """
 

@@ -189,9 +189,8 @@ def _choose_algorithm(
             f"{config.algorithm!r}; leave it out."
         )
     found: Any = find_algorithm(config.algorithm) if algorithm is None else algorithm
-    is_a3c = (
-        getattr(found, "func", found) is a3c
-    )  # perhaps with arguments bound to it, such as a loss
+    # A3C may come with arguments bound to it, such as a loss.
+    is_a3c = getattr(found, "func", found) is a3c
     if loss is not None:
         if not is_a3c:
             raise ValueError(

@@ -305,7 +305,7 @@ def test_a_soak_ends_when_its_time_is_up_or_its_budget_is_spent(tmp_path):
     began = time.monotonic()
     result = soak.train_for(2.5, program, samples, a3c_jax.CheckpointFolder(tmp_path))
     assert time.monotonic() - began > 2.4
-    assert result.stop_reason == "interrupted" and result.wall_clock["train"] < 60
+    assert result.stop_reason == "interrupted" and 0.0 < result.wall_clock["train"] < 30
     assert len(samples.rows) >= 1
     checkpoint = a3c_jax.find_checkpoint(tmp_path)
     assert soak.compare_counters(checkpoint, result)

@@ -20,7 +20,7 @@ from a3c_jax.worker import _moments_of_returns
 BOTH = {"normalize_observations": True, "normalize_rewards": True}
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 2**31))
 def test_merging_parts_gives_the_moments_of_the_whole(sizes, seed):
     rng = np.random.default_rng(seed)

@@ -54,9 +54,8 @@ def cluster():
                 object_store_memory=STORE_BYTES,
             )
             break
-        except (
-            Exception
-        ) as error:  # Ray gives its processes 30 seconds to start, which a busy machine may exceed
+        except Exception as error:
+            # Ray gives its processes 30 seconds to start, which a busy machine may exceed.
             ray.shutdown()
             if not attempts_left or "timed out" not in str(error):
                 raise

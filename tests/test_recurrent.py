@@ -10,14 +10,7 @@ from initial import initialize
 from probes import Probe
 from small_runs import assert_equal_runs, cut_short, replay, small, train
 
-from a3c_jax import (
-    CheckpointFolder,
-    evaluate,
-    find_checkpoint,
-    greedy_policy,
-    rollout,
-    round_robin,
-)
+from a3c_jax import CheckpointFolder, evaluate, find_checkpoint, greedy_policy, rollout
 from a3c_jax.cells import GRUCell, LSTMCell
 from a3c_jax.distributions import Categorical
 from a3c_jax.losses import a3c_loss
@@ -236,7 +229,7 @@ def test_memory_learns_what_no_policy_without_it_can():
     means = {}
     for core in ("gru", None):
         config = small(num_workers=2, core=core, core_size=16, max_steps=100_000, **RECALL)
-        result = replay(config, round_robin(2, config.max_updates), environment)
+        result = train(config, environment)
         policy = greedy_policy(result.network)
         returns, _ = evaluate(policy, result.params, environment, result.evaluation_key, 400)
         means[core] = returns.mean()

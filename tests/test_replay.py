@@ -288,8 +288,9 @@ def test_a_start_that_the_schedule_does_not_lead_to_is_refused(tmp_path):
     schedule = start.schedule
     other_workers = schedule._replace(worker=1 - schedule.worker)
     other_versions = schedule._replace(pulled_version=np.zeros_like(schedule.pulled_version))
+    refused = "start must be a checkpoint of the run whose schedule"
     for other in (other_workers, other_versions):
-        with pytest.raises(ValueError, match="start must be a checkpoint of the run whose sched"):
+        with pytest.raises(ValueError, match=refused):
             replay(config, other, start=start)
     with pytest.raises(ValueError, match="must not lie after the last update to replay, 10, got a"):
         replay(config, schedule, start=start, until=10)

@@ -457,9 +457,8 @@ def test_replaying_the_schedule_in_one_thread_gives_the_same_run_bit_for_bit(opt
     initial_states = list(jax.random.normal(jax.random.key(0), (num_workers, dimensions)))
     compiled = jax.jit(wander)
     optimizer = Updater(*map(jax.jit, make_updater(optimizer)))
-    warm = SharedParameters(
-        start, optimizer
-    )  # compiles, which four threads at once would take long to do
+    # Compiled before, because four threads at once would take long to do it.
+    warm = SharedParameters(start, optimizer)
     for version in range(2):
         warm.apply(compiled(start, initial_states[0])[0], version, 0)
     store, states = SharedParameters(start, optimizer), list(initial_states)

@@ -43,10 +43,7 @@ def values(result, observations):
 
 
 def probe(steps, **arguments):
-    """A run whose workers take turns, so that its result does not depend on how threads run."""
-    config = A3CConfig(**LEARN, max_steps=steps)
-    schedule = a3c_jax.round_robin(config.num_workers, config.max_updates)
-    return a3c_jax.replay(config, schedule, environment=Probe(**arguments))
+    return a3c_jax.train(A3CConfig(**LEARN, max_steps=steps), environment=Probe(**arguments))
 
 
 @pytest.mark.slow  # as is every learning test of a value here but for that of the time limit

@@ -41,13 +41,13 @@ class Moment(NamedTuple):
       time: when it was, in seconds of `time.perf_counter`.
       totals: the counters.
       mean_return: the mean return of the last episodes, also if they are fewer than the window; NaN if there are none.
-      metrics: gives the metrics of the last update; None if there is none.
+      metrics: gives the metrics of the last update, by name; none if there is no update.
     """
 
     time: float
     totals: Totals
     mean_return: float
-    metrics: Callable[[], dict[str, float]] | None
+    metrics: Callable[[], dict[str, float]]
 
 
 class Counters:
@@ -64,6 +64,7 @@ class Counters:
     Attributes:
       totals: the counters.
       mean_return: the mean return of the last `window` episodes; None before there are so many.
+      last_metrics: gives the metrics of the last update, by name; none if there is no update.
       log: every episode that ended.
 
     Raises:
@@ -85,7 +86,7 @@ class Counters:
         self._steps_per_update = steps_per_update
         self._recent: deque[float] = deque(maxlen=window)
         self._mean_of_recent = float("nan")
-        self._last_metrics: Callable[[], dict[str, float]] | None = None
+        self.last_metrics: Callable[[], dict[str, float]] = dict
         self._started = time.perf_counter()
         self._last_row = (self._started, self.totals)
         self._last_taken: Totals | None = None
@@ -137,7 +138,7 @@ class Counters:
             self.log.extend(len(returns), update.worker, returns, lengths, steps, seconds)
             self._add_returns(returns.tolist())
         self.totals = totals
-        self._last_metrics = functools.partial(metrics_of, report, update.metrics)
+        self.last_metrics = functools.partial(metrics_of, report, update.metrics)
         if self._updates_per_row is not None and not totals.updates % self._updates_per_row:
             self._moments.append(self.moment())
 
@@ -150,7 +151,7 @@ class Counters:
 
     def moment(self) -> Moment:
         """What a row of now shows."""
-        return Moment(time.perf_counter(), self.totals, self._mean_of_recent, self._last_metrics)
+        return Moment(time.perf_counter(), self.totals, self._mean_of_recent, self.last_metrics)
 
     def take_moments(self, *, last: bool = False) -> list[Moment]:
         """What the rows to send now show. Call it between two updates (`SharedParameters.atomically`).
@@ -192,7 +193,7 @@ class Counters:
             "staleness": (totals.staleness - before.staleness) / max(updates, 1),
             "max_staleness": totals.max_staleness,
         }
-        return row | ({} if metrics is None else metrics())
+        return row | metrics()
 
 
 def metrics_of(report: Any, of_update: Any) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """`replay`: repeats in one thread, bit for bit, what a run with any number of workers did."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint
 from a3c_jax.asynchrony.checkpoints import restore_tree
-from a3c_jax.asynchrony.metrics import Report, metrics_of
+from a3c_jax.asynchrony.metrics import Report
 from a3c_jax.asynchrony.parameters import Snapshot
 from a3c_jax.asynchrony.program import Program, as_program
 from a3c_jax.asynchrony.records import Schedule
@@ -104,12 +103,12 @@ def replay(
     run.start_clock()
     with contextlib.closing(run):
         for k, worker, pulled in needed.updates():
-            gradients, metrics = _repeat_update(run, worker, pulled, needed.take(k, pulled))
+            gradients = _repeat_update(run, worker, pulled, needed.take(k, pulled))
             snapshot = run.store.pull()
             needed.add(snapshot)
             if on_update is not None:
                 snapshot = Snapshot(_compiled.unpack(snapshot.params), snapshot.version)
-                on_update(k, snapshot, _compiled.unpack(gradients), metrics())
+                on_update(k, snapshot, _compiled.unpack(gradients), run.counters.last_metrics())
         return run.finish("replayed")
 
 
@@ -188,10 +187,8 @@ class _Versions:
             del self._params[version]
 
 
-def _repeat_update(
-    run: Run, worker: int, pulled_version: int, params: Any
-) -> tuple[Any, Callable[[], dict[str, float]]]:
-    """Makes one update as a worker thread does; its gradients, and what gives its metrics."""
+def _repeat_update(run: Run, worker: int, pulled_version: int, params: Any) -> Any:
+    """Makes one update as a worker thread does, and returns its gradients."""
     report = None
     try:
         gradients, state, segment_report = run.program.step(params, run.states[worker])
@@ -204,4 +201,4 @@ def _repeat_update(
         run.explain(failure)
         failure.result = run.finish("failed")
         raise failure from error
-    return gradients, functools.partial(metrics_of, report, update.metrics)
+    return gradients

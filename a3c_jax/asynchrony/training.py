@@ -123,7 +123,9 @@ def train(
             with (
                 contextlib.closing(run),
                 steps_on_ray(program, ray, stopping) as steps,
-                checkpoints.keeping(run.logs, resume) if checkpoints else contextlib.nullcontext(),
+                contextlib.nullcontext()
+                if checkpoints is None
+                else checkpoints.keeping(run.logs, resume),
             ):
                 threads = _make_threads(run, steps, stopping)
                 progress = Progress(run, outlets, checkpoints)
