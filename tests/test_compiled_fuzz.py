@@ -45,6 +45,5 @@ def test_random_programs():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("first", range(0, 100, 50))
-def test_many_random_programs(first):
-    check(try_programs(first, first + 50))
+def test_many_random_programs():
+    check(try_programs(8, 50))

@@ -397,12 +397,12 @@ def test_a_second_ctrl_c_quits_at_once_whatever_the_workers_are_doing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL does not exist on Windows")
-def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_path):
+def test_a_run_killed_at_ten_random_moments_ends_as_if_it_had_not_been(tmp_path):
     rng = random.Random(11)
     run_dir, resumed, saving = tmp_path / "run", 0, 0
     save_often = ("--checkpoint-updates", "1", "--keep-checkpoints", "2", "--no-progress")
     versions = [0]
-    for _ in range(20):
+    for _ in range(10):
         if (run_dir / "checkpoints").is_dir() and list(run_dir.glob("checkpoints/*.checkpoint")):
             process = start(
                 "-m", "experiments.cartpole", "--resume", str(run_dir),
@@ -433,7 +433,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(tmp_pa
             assert_exact_cartpole(checkpoint)
             assert checkpoint.version >= versions[-1] or resumed == 0
             versions.append(checkpoint.version)
-    assert resumed >= 15
+    assert resumed >= 8
     assert saving >= 1, "no kill fell into a save"
     assert versions[-1] > versions[1]
 
