@@ -17,7 +17,7 @@ from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.host_worker import HostStepFunctions, rehearse
 from a3c_jax.optimizers import Updater, make_optimizer, make_updater
 from a3c_jax.own_checks import check_loss, checked_algorithm, checked_optimizer
-from a3c_jax.worker import WorkerState, differentiate, make_worker_step
+from a3c_jax.worker import differentiate, make_worker_step
 
 MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
 Optimizer: TypeAlias = optax.GradientTransformation | MakeOptimizer
@@ -41,7 +41,7 @@ class Blueprint(NamedTuple):
     environment: environments.Environment
     network: Any
     worker_step: Any
-    start: Callable[[Any, Any], WorkerState]
+    start: Callable[[Any, Any], rollout.RolloutState]
     init: Callable[[Any, Any], Any]
     optimizer: MakeOptimizer
     updater: Callable[[Any], Updater]
@@ -206,8 +206,8 @@ def _choose_algorithm(
 
 def _make_start(
     config: A3CConfig, environment: environments.Environment, algorithm: Algorithm
-) -> Callable[[Any, Any], WorkerState]:
-    def start(seed: Any, worker: Any) -> WorkerState:
+) -> Callable[[Any, Any], rollout.RolloutState]:
+    def start(seed: Any, worker: Any) -> rollout.RolloutState:
         _, workers_key, _ = _split_seed(seed)
         key = jax.random.fold_in(workers_key, worker)
         carry = algorithm.initialize_carry(config.envs_per_worker)
@@ -223,25 +223,23 @@ def _make_start(
 def _make_init(
     config: A3CConfig, environment: environments.Environment, algorithm: Algorithm
 ) -> Callable[[Any, Any], Any]:
-    normalizes = config.normalize_observations or config.normalize_rewards
-
     def init(seed: Any, observation: Any) -> Any:
         network_key, _, _ = _split_seed(seed)
         params = algorithm.network.init(network_key, observation)
         statistics = {}
-        if normalizes and not isinstance(params, dict):
-            raise TypeError(
-                "A3CConfig.normalize_observations and normalize_rewards need a network whose parameters are a "
-                f"dict, as Flax linen's are, got {type(params).__name__}; turn them off."
-            )
         if config.normalize_observations:
             shape = environment.observation_shape
             statistics["observation"] = normalization.initial_moments(shape)
         if config.normalize_rewards:
             statistics["reward"] = normalization.initial_moments(())
-        if statistics:
-            params = {**params, normalization.STATISTICS: statistics}
-        return add_shared(algorithm, params)
+        if not statistics:
+            return add_shared(algorithm, params)
+        if not isinstance(params, dict):
+            raise TypeError(
+                "A3CConfig.normalize_observations and normalize_rewards need a network whose parameters are a "
+                f"dict, as Flax linen's are, got {type(params).__name__}; turn them off."
+            )
+        return add_shared(algorithm, {**params, normalization.STATISTICS: statistics})
 
     return init
 

@@ -26,7 +26,7 @@ from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.host_segment import HostSegment
 from a3c_jax.host_state import ActionLog, HostState, Live
 from a3c_jax.over_leaves import OverLeaves
-from a3c_jax.worker import SegmentReport, WorkerState, learn
+from a3c_jax.worker import SegmentReport, learn
 
 Array = jax.Array
 
@@ -87,11 +87,11 @@ class HostStepFunctions:
     def learn(
         self,
         params: Any,
-        state: WorkerState,
+        state: rollout.RolloutState,
         ended: Array,
         trajectory: rollout.Trajectory,
         episodes: rollout.Episodes,
-    ) -> tuple[Any, WorkerState, SegmentReport]:
+    ) -> tuple[Any, rollout.RolloutState, SegmentReport]:
         """From a segment to its gradients, and to what of the state is computed in compiled code.
 
         Args:
@@ -106,7 +106,9 @@ class HostStepFunctions:
         state = state._replace(key=key, carry=where_tree(ended, fresh, state.carry))
         return learn(self.algorithm, params, state, trajectory, episodes, **self._rewards)
 
-    def rehearse(self, params: Any, state: WorkerState) -> tuple[Any, WorkerState, SegmentReport]:
+    def rehearse(
+        self, params: Any, state: rollout.RolloutState
+    ) -> tuple[Any, rollout.RolloutState, SegmentReport]:
         """A step in which all observations are zeros. It needs no environment, and may be traced.
 
         The state that it returns has no environments and no observations.
@@ -118,8 +120,8 @@ class HostStepFunctions:
         return self.learn(params, *self.example_segment(state, action, log_prob, carry))
 
     def example_segment(
-        self, state: WorkerState, action: Any, log_prob: Any, carry: Any
-    ) -> tuple[WorkerState, Array, rollout.Trajectory, rollout.Episodes]:
+        self, state: rollout.RolloutState, action: Any, log_prob: Any, carry: Any
+    ) -> tuple[rollout.RolloutState, Array, rollout.Trajectory, rollout.Episodes]:
         """A segment of zeros, as `learn` takes it, from what `act` returned for the state."""
 
         def zeros(x: Any) -> Array:

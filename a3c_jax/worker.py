@@ -14,7 +14,6 @@ from a3c_jax.algorithm import Algorithm, Metrics, join_shared, split_shared
 from a3c_jax.environments import Environment
 
 Array = jax.Array
-WorkerState = rollout.RolloutState
 
 
 class SegmentReport(NamedTuple):
@@ -47,7 +46,9 @@ class Segment(NamedTuple):
     moments: dict[str, Any]
 
 
-WorkerStep: TypeAlias = Callable[[Any, WorkerState], tuple[Any, WorkerState, SegmentReport]]
+WorkerStep: TypeAlias = Callable[
+    [Any, rollout.RolloutState], tuple[Any, rollout.RolloutState, SegmentReport]
+]
 
 
 def make_worker_step(
@@ -66,7 +67,9 @@ def make_worker_step(
       the newest parameters, the segment itself takes the place of the gradients.
     """
 
-    def worker_step(params: Any, state: WorkerState) -> tuple[Any, WorkerState, SegmentReport]:
+    def worker_step(
+        params: Any, state: rollout.RolloutState
+    ) -> tuple[Any, rollout.RolloutState, SegmentReport]:
         fresh_carry = algorithm.initialize_carry(len(state.episode_return))
 
         def policy(key: Array, observation: Any, carry: Any) -> tuple[Array, Array, Any]:
@@ -81,14 +84,14 @@ def make_worker_step(
 def learn(
     algorithm: Algorithm,
     params: Any,
-    state: WorkerState,
+    state: rollout.RolloutState,
     trajectory: rollout.Trajectory,
     episodes: rollout.Episodes,
     *,
     normalizing_discount: Any,
     reward_clip: Any = None,
     terminal_reward: Any = None,
-) -> tuple[Any, WorkerState, SegmentReport]:
+) -> tuple[Any, rollout.RolloutState, SegmentReport]:
     """The second half of a worker's step: from a segment to the gradients of its loss.
 
     Args:
@@ -150,8 +153,8 @@ def differentiate(algorithm: Algorithm, params: Any, segment: Segment) -> tuple[
 
 
 def _moments_of_returns(
-    state: WorkerState, trajectory: rollout.Trajectory, discount: float
-) -> tuple[WorkerState, normalization.Moments]:
+    state: rollout.RolloutState, trajectory: rollout.Trajectory, discount: float
+) -> tuple[rollout.RolloutState, normalization.Moments]:
     """Continues the discounted return of each running episode over a segment.
 
     Returns:
