@@ -302,9 +302,10 @@ def catch(name, actions):
     """The observations and rewards of a game of Catch in which these actions are asked for."""
     environment = make(name)
     observation, state = environment.reset(jax.random.key(3), 2)
+    step = jax.jit(environment.step)
     played = []
     for key, action in zip(jax.random.split(jax.random.key(4), len(actions)), actions, strict=True):
-        transition = environment.step(key, state, jnp.full(2, action))
+        transition = step(key, state, jnp.full(2, action))
         observation, state = transition.observation, transition.state
         played.append((observation, transition.reward))
     return played
