@@ -232,14 +232,14 @@ def _make_init(
             statistics["observation"] = normalization.initial_moments(shape)
         if config.normalize_rewards:
             statistics["reward"] = normalization.initial_moments(())
-        if not statistics:
-            return add_shared(algorithm, params)
-        if not isinstance(params, dict):
-            raise TypeError(
-                "A3CConfig.normalize_observations and normalize_rewards need a network whose parameters are a "
-                f"dict, as Flax linen's are, got {type(params).__name__}; turn them off."
-            )
-        return add_shared(algorithm, {**params, normalization.STATISTICS: statistics})
+        if statistics:
+            if not isinstance(params, dict):
+                raise TypeError(
+                    "A3CConfig.normalize_observations and normalize_rewards need a network whose parameters are "
+                    f"a dict, as Flax linen's are, got {type(params).__name__}; turn them off."
+                )
+            params = {**params, normalization.STATISTICS: statistics}
+        return add_shared(algorithm, params)
 
     return init
 
