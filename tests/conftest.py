@@ -1,23 +1,27 @@
-"""Shared set-up: programs that several tests compile are compiled once for the session."""
+"""Shared set-up: what the tests compile is kept for the next test and the next session, which `--cache-clear` forgets."""
 
 import os
 import signal
 import sys
-import tempfile
 
-# The processes that run tests, and those that tests start, inherit the folder of the first one, or the one that is given.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _cache = tempfile.TemporaryDirectory(prefix="a3c-jax-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+import pytest
 
 # A shell ignores Ctrl-C in what it runs in the background, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import pytest  # noqa: E402
 
-import a3c_jax.environments  # noqa: E402, F401  (sets how JAX runs on CPU before a test starts it)
+def pytest_configure(config):
+    """Says where JAX keeps what it compiles, before JAX is imported, and how it runs on a CPU, before a test starts it.
+
+    The processes that run tests, and those that tests start, inherit the folder of the first one, or the one that
+    is given.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+    import a3c_jax.environments  # noqa: F401
 
 
 @pytest.fixture
