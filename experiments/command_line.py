@@ -18,6 +18,7 @@ from a3c_jax.config import A3CConfig
 from experiments.compilation_cache import CompilationCache
 from experiments.recorded_threads import start_with_threads_of
 from experiments.run_folder import (
+    check_goes_on,
     check_is_new,
     continue_in,
     exit_if_cut_short,
@@ -137,6 +138,8 @@ def _run_example(
             presets = {options.preset: checkpoint.config}
             config, options, cache = _parse_example(name, description, presets, defaults, arguments)
             check_same_run(checkpoint.config, config)
+            if options.resume.is_dir():
+                check_goes_on(options.resume, checkpoint, config)
     import_seconds = time.perf_counter() - experiments.STARTED
     cache.use()
     with exit_on_bad_input(ValueError):  # of any other error, the traceback is of use

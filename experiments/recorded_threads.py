@@ -17,7 +17,8 @@ def start_with_threads_of(run: Path) -> None:
       run: a run folder, a folder of checkpoints, or a checkpoint.
     """
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    checkpoint = run if run.is_file() else max(folder.glob("*.checkpoint"), default=None)
+    saved = (file for file in folder.glob("*.checkpoint") if file.stem.isdecimal())
+    checkpoint = run if run.is_file() else max(saved, default=None)
     if checkpoint is None:
         return
     try:

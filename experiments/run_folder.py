@@ -41,6 +41,33 @@ def make_run_dir(name: str, wanted: Path | None) -> Path:
     raise FileExistsError(f"run_dir {run_dir} and all like it exist; give --run-dir.")
 
 
+def check_goes_on(
+    run_dir: Path, checkpoint: "a3c_jax.Checkpoint", config: "a3c_jax.A3CConfig"
+) -> None:
+    """Refuses to go on in a folder that is no run folder, or where nothing is left to play and to write.
+
+    Raises:
+      ValueError: if `checkpoint`, the latest in the folder, lies in the folder itself; if it has played all that
+        `config` allows, unless its budget is that of the run, and the run has not written its summary.
+    """
+    if not (run_dir / "checkpoints").is_dir():
+        raise ValueError(
+            f"resume must be a run folder or a checkpoint file, got {run_dir}, a folder of checkpoints; give the folder of "
+            "its run, or one of its files to go on in a new folder."
+        )
+    steps, episodes = checkpoint.environment_steps, len(checkpoint.episodes.episode_return)
+    summary = read_json(run_dir / "summary.json") or {}
+    has_ended = "evaluation" in summary and summary.get("environment_steps") == steps
+    for name, played in (("max_steps", steps), ("max_episodes", episodes)):
+        budget = getattr(config, name)
+        is_spent = budget is not None and played >= budget
+        if is_spent and (has_ended or budget != getattr(checkpoint.config, name)):
+            raise ValueError(
+                f"{name} must be more than the {played:,} that the run has played, to go on from there, got {budget:,}; "
+                f"give a larger --{name.replace('_', '-')}."
+            )
+
+
 def continue_in(run_dir: Path, environment_steps: int) -> None:
     """Cuts the metrics of a run folder back to the number of steps that a checkpoint has, to go on from there."""
     rows = run_dir / "metrics.jsonl"

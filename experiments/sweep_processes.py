@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -165,8 +164,11 @@ def _work(connection: Connection, cache: Path | None) -> None:
             run = connection.recv()
             error = None
             try:
-                program = _program_for(run.config, program)
-                _train(program, run.folder)
+                checkpoints = a3c_jax.CheckpointFolder(run.folder / "checkpoints", keep=1)
+                with checkpoints.locked():
+                    checkpoint = _latest_in(checkpoints.path)
+                    program = _program_for(run.config, program, checkpoint)
+                    _train(program, run.folder, checkpoints, checkpoint)
             except a3c_jax.TrainingInterrupted as interruption:
                 raise SystemExit(128 + interruption.signal) from None
             except Exception as failure:
@@ -182,45 +184,35 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _program_for(config: A3CConfig, program: Any) -> Any:
-    """The program at hand with another configuration if that is possible, else a new one."""
+def _latest_in(folder: Path) -> Any:
+    """The checkpoint that an earlier attempt has left in a folder of checkpoints; None if there is none."""
+    from a3c_jax import find_checkpoint
+
+    return find_checkpoint(folder) if any(folder.glob("*.checkpoint")) else None
+
+
+def _program_for(config: A3CConfig, program: Any, checkpoint: Any) -> Any:
+    """The program at hand with another configuration if that is possible, else a new one, to go on as the run began."""
     import a3c_jax
 
-    if program is None or changes_needing_compilation(program.config, config):
-        return a3c_jax.build(config)
+    single_kernel = None if checkpoint is None else checkpoint.single_kernel
+    if (
+        program is None
+        or changes_needing_compilation(program.config, config)
+        or single_kernel not in (None, program.single_kernel)
+    ):
+        return a3c_jax.build(config, single_kernel=single_kernel)
     return program.replace(**config.as_dict())
 
 
-def _train(program: Any, folder: Path) -> None:
+def _train(program: Any, folder: Path, checkpoints: Any, checkpoint: Any) -> None:
     """Trains and writes the run folder, from the folder's checkpoint on if there is one."""
-    from a3c_jax import CheckpointFolder
     from experiments import report, run_folder
 
-    checkpoint = _checkpoint_in(folder, program)
-    if checkpoint is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    else:
-        run_folder.continue_in(folder, checkpoint.environment_steps)
+    run_folder.continue_in(folder, 0 if checkpoint is None else checkpoint.environment_steps)
     result = run_folder.train_in_folder(
-        program,
-        folder,
-        CheckpointFolder(folder / "checkpoints", keep=1),
-        checkpoint,
-        progress=False,
-        updates_per_row=100,
+        program, folder, checkpoints, checkpoint, progress=False, updates_per_row=100
     )
     report.save_params(result, folder)
     summary = report.summarize(result) | {"seconds": result.wall_clock}
     run_folder.write_json(folder / "summary.json", summary)  # last, because it marks the end
-
-
-def _checkpoint_in(folder: Path, program: Any) -> Any:
-    """The checkpoint that an earlier attempt has left; None if there is none that the program can go on from."""
-    from a3c_jax import CheckpointError, find_checkpoint
-
-    with contextlib.suppress(CheckpointError):
-        checkpoint = find_checkpoint(folder)
-        if checkpoint.single_kernel in (None, program.single_kernel):
-            return checkpoint
-    return None

@@ -311,6 +311,17 @@ def test_a_path_may_be_a_string(tmp_path, kind):
     assert load_checkpoint(kind(tmp_path / "other")).version == 4
 
 
+def test_copies_under_names_of_their_own_are_neither_taken_nor_removed(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    first = folder.save(make_checkpoint(version=1))
+    copies = [tmp_path / "0-keep-me.checkpoint", tmp_path / "start.checkpoint"]
+    for copy in copies:
+        copy.write_bytes(first.read_bytes())
+    folder.save(make_checkpoint(version=20))
+    assert find_checkpoint(tmp_path).version == 20
+    assert all(find_checkpoint(copy).version == 1 for copy in copies)
+
+
 def test_a_folder_without_a_checkpoint_and_a_file_that_is_not_there_are_errors(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(CheckpointError, match="no checkpoint in"):

@@ -1,6 +1,7 @@
 """Sweeps: what they are planned to be, what they leave behind, and how they go on after every kind of end."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from a3c_jax import find_checkpoint
+import a3c_jax
+from a3c_jax import CheckpointFolder, find_checkpoint
 from a3c_jax.config import A3CConfig
-from experiments import sweep, sweep_processes
+from experiments import run_folder, sweep, sweep_processes
 from experiments.sweep_processes import group_by_program
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +188,72 @@ def kill_all(process):
 def wait_for_all(process):
     """What a process printed, once every process that could still print there has ended."""
     return process.communicate(timeout=100)
+
+
+class Sends:
+    """What a process of a sweep is connected with: sends it runs, and keeps why they failed."""
+
+    def __init__(self, *runs):
+        self.runs, self.errors = list(runs), []
+
+    def recv(self):
+        if not self.runs:
+            raise EOFError
+        return self.runs.pop(0)
+
+    def send(self, error):
+        self.errors.append(error)
+
+
+@pytest.fixture
+def cut_short(tmp_path):
+    """A run of a sweep of which a sixth has been played, by a program compiled in another way than usual."""
+    config = A3CConfig(num_workers=1, envs_per_worker=2, t_max=4, hidden_sizes=(4,), max_steps=2400)
+    folder = tmp_path / "seed0"
+    run_folder.train_in_folder(
+        a3c_jax.build(dataclasses.replace(config, max_steps=400), single_kernel=False),
+        folder,
+        CheckpointFolder(folder / "checkpoints", every_updates=1),
+        progress=False,
+        updates_per_row=10,
+    )
+    return sweep_processes.Run("", config, folder)
+
+
+def files_in(folder):
+    """What the files of a run hold."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def go_on(run):
+    """Why the run failed in a process of a sweep; None if it did not."""
+    connection = Sends(run)
+    sweep_processes._work(connection, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    return connection.errors[0]
+
+
+def test_a_run_goes_on_however_its_program_was_compiled(cut_short):
+    rows = (cut_short.folder / "metrics.jsonl").read_text()
+    assert go_on(cut_short) is None
+    assert (cut_short.folder / "metrics.jsonl").read_text().startswith(rows)
+    checkpoint = find_checkpoint(cut_short.folder)
+    assert (checkpoint.environment_steps, checkpoint.single_kernel) == (2400, False)
+
+
+def test_a_damaged_checkpoint_is_the_failure_of_its_run_and_nothing_is_deleted(cut_short):
+    saved = sorted(cut_short.folder.glob("checkpoints/*.checkpoint"))
+    saved[-1].write_bytes(b"")
+    before = files_in(cut_short.folder)
+    error = go_on(cut_short)
+    assert str(saved[-1]) in error and f"{saved[-2]}, is good" in error
+    assert files_in(cut_short.folder) == before
+
+
+def test_a_run_that_goes_on_elsewhere_is_left_alone(cut_short):
+    before = files_in(cut_short.folder)
+    with CheckpointFolder(cut_short.folder / "checkpoints").locked():
+        assert "must not be in use" in go_on(cut_short)
+    assert files_in(cut_short.folder) == before
 
 
 @pytest.mark.slow

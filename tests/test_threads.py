@@ -423,6 +423,25 @@ def test_an_exception_of_the_tick_comes_through_and_leaves_no_thread_alive(kind)
     assert float(store.pull().params) == version == sum(states)
 
 
+def test_an_exception_of_the_tick_does_not_hide_that_a_worker_failed_before_it():
+    ticked = threading.Event()
+
+    def fail(params, state):
+        assert ticked.wait(TIMEOUT)
+        raise Boom
+
+    def tick():
+        ticked.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("a3c-worker-"):
+                thread.join()
+        raise ZeroDivisionError
+
+    with pytest.raises(WorkerError) as caught:
+        run(WorkerThreads(fail, make_store(), [0]), on_tick=tick)
+    assert isinstance(caught.value.__cause__, Boom)
+
+
 def test_a_run_that_fails_waits_for_the_segments_being_played():
     store, playing = make_store(), threading.Barrier(3)
 

@@ -1,6 +1,7 @@
 """`train` as a whole: probes with known answers, budgets, reproducibility, errors, replay."""
 
 import dataclasses
+import signal
 import threading
 
 import chex
@@ -310,21 +311,30 @@ def test_a_sink_that_raises_ends_the_run_and_is_closed():
     assert not live_workers()
 
 
-def test_an_interrupt_carries_the_result_so_far():
+@pytest.mark.parametrize("words", [(), ("enough",)])
+def test_an_interrupt_carries_the_result_so_far(words):
     class Once(FailingSink):
         def write(self, row, episodes):
             error, self.error = self.error, None
             if error is not None:
                 raise error
 
-    sink = Once(KeyboardInterrupt())
+    sink = Once(KeyboardInterrupt(*words))
     with pytest.raises(KeyboardInterrupt) as caught:
         a3c_jax.train(small(max_steps=10**9), sinks=[sink], interval=0.05)
     result = caught.value.result
-    assert result.stop_reason == "interrupted"
+    assert (result.stop_reason, caught.value.signal) == ("interrupted", signal.SIGINT)
     assert result.version == len(result.schedule.worker)
     assert sink.closed
     assert not live_workers()
+
+
+@pytest.mark.parametrize("interval", [None, "x", 0, -1.0, float("nan")])
+def test_an_interval_that_is_no_time_is_refused_before_anything_else(interval):
+    with pytest.raises(
+        ValueError, match=r"interval must be a number of seconds > 0, got .*; use 0.5"
+    ):
+        a3c_jax.train(None, interval=interval)
 
 
 def test_sinks_see_every_episode_once_and_the_final_totals():

@@ -223,10 +223,10 @@ class CheckpointFolder:
 
     def _check_nothing_is_lost(self, resume: Checkpoint | None) -> None:
         """Refuses a folder whose checkpoints would be of no use once the logs are this run's."""
-        stems = [file.name.removesuffix(_SUFFIX) for file in _files(self.path)]
-        last = max((int(stem) for stem in stems if stem.isdecimal()), default=None)
-        if last is None:
+        files = _files(self.path)
+        if not files:
             return
+        last = int(files[-1].stem)
         if resume is None:
             raise CheckpointError(
                 f"a new run's folder of checkpoints must have none, got {self.path} with one of update {last:,}; "
@@ -254,5 +254,5 @@ class CheckpointFolder:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob(f"*{_SUFFIX}"))
+    """The checkpoints that a run has saved to a folder, oldest first. Copies under other names are somebody's own."""
+    return sorted(file for file in folder.glob(f"*{_SUFFIX}") if file.stem.isdecimal())

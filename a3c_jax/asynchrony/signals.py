@@ -62,5 +62,6 @@ def raise_noted() -> None:
 
 
 def number_of(interruption: KeyboardInterrupt) -> int:
-    """The number of the signal behind an interruption: its first argument, or SIGINT if Python raised it by itself."""
-    return int((*interruption.args, signal.SIGINT)[0])
+    """The number of the signal behind an interruption: its first argument, or SIGINT if somebody else raised it."""
+    number = next(iter(interruption.args), None)
+    return int(number) if isinstance(number, int) else int(signal.SIGINT)

@@ -118,6 +118,7 @@ class WorkerThreads:
           WorkerError: if a worker failed; the first exception is its cause.
           KeyboardInterrupt: on Ctrl-C or SIGTERM, with the signal's number as its argument, and the error of a worker, if
             one failed as well, as its cause.
+          Exception: what `on_tick` raised, if no worker failed.
           RuntimeError: if the threads have run before.
         """
         if self._finished.is_set():
@@ -126,7 +127,7 @@ class WorkerThreads:
             threading.Thread(target=self._work, args=(w,), name=f"a3c-worker-{w}", daemon=True)
             for w in range(len(self._states))
         ]
-        started = []
+        started, failure = [], None
         with noted_signals() as noted:
             if noted:
                 raise KeyboardInterrupt(noted[0])
@@ -139,6 +140,8 @@ class WorkerThreads:
                     if on_tick is not None and time.monotonic() >= next_tick:
                         on_tick()
                         next_tick = time.monotonic() + interval
+            except Exception as error:  # of on_tick, perhaps after a worker has failed
+                failure = error
             finally:
                 self.stop()
                 for thread in started:
@@ -146,8 +149,8 @@ class WorkerThreads:
         if noted:
             # An error may be a consequence: Ctrl-C in a terminal reaches the processes of environments as well.
             raise KeyboardInterrupt(noted[0]) from self._error
-        if self._error is not None:
-            raise self._error
+        if self._error is not None or failure is not None:
+            raise self._error or failure
 
     def stop(self) -> None:
         """Asks every thread to end after the segment that it is playing. Any thread may call this."""
