@@ -138,7 +138,7 @@ def _run_example(
             presets = {options.preset: checkpoint.config}
             config, options, cache = _parse_example(name, description, presets, defaults, arguments)
             check_same_run(checkpoint.config, config)
-            if options.resume.is_dir():
+            if options.resume is not None and options.resume.is_dir():
                 check_goes_on(options.resume, checkpoint, config)
     import_seconds = time.perf_counter() - experiments.STARTED
     cache.use()

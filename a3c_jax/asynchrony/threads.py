@@ -127,7 +127,8 @@ class WorkerThreads:
             threading.Thread(target=self._work, args=(w,), name=f"a3c-worker-{w}", daemon=True)
             for w in range(len(self._states))
         ]
-        started, failure = [], None
+        started: list[threading.Thread] = []
+        failure: Exception | None = None
         with noted_signals() as noted:
             if noted:
                 raise KeyboardInterrupt(noted[0])
@@ -149,8 +150,10 @@ class WorkerThreads:
         if noted:
             # An error may be a consequence: Ctrl-C in a terminal reaches the processes of environments as well.
             raise KeyboardInterrupt(noted[0]) from self._error
-        if self._error is not None or failure is not None:
-            raise self._error or failure
+        if self._error is not None:
+            raise self._error
+        if failure is not None:
+            raise failure
 
     def stop(self) -> None:
         """Asks every thread to end after the segment that it is playing. Any thread may call this."""
