@@ -18,7 +18,7 @@ def start_with_threads_of(run: Path) -> None:
     """
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     saved = (file for file in folder.glob("*.checkpoint") if file.stem.isdecimal())
-    checkpoint = run if run.is_file() else max(saved, default=None)
+    checkpoint = run if run.is_file() else max(saved, key=lambda file: int(file.stem), default=None)
     if checkpoint is None:
         return
     try:

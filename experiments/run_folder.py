@@ -47,8 +47,8 @@ def check_goes_on(
     """Refuses to go on in a folder that is no run folder, or where nothing is left to play and to write.
 
     Raises:
-      ValueError: if `checkpoint`, the latest in the folder, lies in the folder itself; if it has played all that
-        `config` allows, unless its budget is that of the run, and the run has not written its summary.
+      ValueError: if the folder is one of checkpoints; if `checkpoint`, its latest, has played all that `config`
+        allows. Under its own budget, a run that was cut short before its evaluation may still be evaluated.
     """
     if not (run_dir / "checkpoints").is_dir():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Shared set-up: what the tests compile is kept for the next test and the next session, which `--cache-clear` forgets."""
+"""Shared set-up: what the tests compile is kept for the next test and the next session, until `--cache-clear`."""
 
 import os
 import signal

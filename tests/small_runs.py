@@ -51,6 +51,11 @@ def _build_once(config, environment, network):
     return a3c_jax.build(config, environment=environment, network=network)
 
 
+def files_in(folder):
+    """What the files of a run hold."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def train_together(config, environment=None, **options):
     """A run to which every worker contributes: none goes on before all have begun their first segment."""
     everyone = threading.Barrier(config.num_workers)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import no_file_larger_than, usual_ctrl_c
+from small_runs import files_in
 
 import a3c_jax
 from a3c_jax import CheckpointFolder, find_checkpoint
@@ -98,12 +99,12 @@ def test_a_run_that_has_ended_goes_on_with_a_larger_budget_only(command, tmp_pat
     run = tmp_path / "run"
     code, _, _ = command()
     assert code == 0
-    before = contents(run)
+    before = files_in(run)
     for arguments, budget in (((), "800"), (("--max-steps", "100"), "100")):
         code, _, errors = command("--resume", run, *arguments)
         assert code == 2
         assert f"max_steps must be more than the 800 that the run has played, to go on from there, got {budget}; give a larger --max-steps." in errors  # fmt: skip
-        assert contents(run) == before
+        assert files_in(run) == before
     code, _, errors = command("--resume", run, "--max-steps", "1600")
     assert code == 0, errors
     assert find_checkpoint(run).environment_steps == 1600
@@ -112,15 +113,11 @@ def test_a_run_that_has_ended_goes_on_with_a_larger_budget_only(command, tmp_pat
 def test_a_folder_of_checkpoints_is_not_taken_for_a_run_folder(command, tmp_path):
     run = tmp_path / "run"
     command()
-    before = contents(run)
+    before = files_in(run)
     code, _, errors = command("--resume", run / "checkpoints", "--max-steps", "1600")
     assert code == 2
     assert "resume must be a run folder or a checkpoint file, got" in errors
-    assert contents(run) == before
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files_in(run) == before
 
 
 def test_a_run_folder_that_disappears_ends_in_a_sentence(command, tmp_path):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small_runs import files_in
 
 import a3c_jax
 from a3c_jax import CheckpointFolder, find_checkpoint
@@ -218,11 +219,6 @@ def cut_short(tmp_path):
         updates_per_row=10,
     )
     return sweep_processes.Run("", config, folder)
-
-
-def files_in(folder):
-    """What the files of a run hold."""
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def go_on(run):

@@ -255,4 +255,5 @@ class CheckpointFolder:
 
 def _files(folder: Path) -> list[Path]:
     """The checkpoints that a run has saved to a folder, oldest first. Copies under other names are somebody's own."""
-    return sorted(file for file in folder.glob(f"*{_SUFFIX}") if file.stem.isdecimal())
+    saved = (file for file in folder.glob(f"*{_SUFFIX}") if file.stem.isdecimal())
+    return sorted(saved, key=lambda file: int(file.stem))

@@ -127,7 +127,7 @@ class WorkerThreads:
             threading.Thread(target=self._work, args=(w,), name=f"a3c-worker-{w}", daemon=True)
             for w in range(len(self._states))
         ]
-        started: list[threading.Thread] = []
+        started = []
         failure: Exception | None = None
         with noted_signals() as noted:
             if noted:

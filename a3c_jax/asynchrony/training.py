@@ -109,7 +109,7 @@ def train(
       RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried. And if the
         run to go on with had another number of XLA threads than this process.
     """
-    _check_kinds(checkpoints, resume, interval)
+    _check_arguments(checkpoints, resume, interval)
     if on_progress is not None:
         sinks = [*sinks, CallFunction(on_progress)]
     single_kernel = None if resume is None else resume.single_kernel
@@ -166,8 +166,8 @@ def _play(
     return error
 
 
-def _check_kinds(checkpoints: Any, resume: Any, interval: Any) -> None:
-    """Refuses names of files where objects are needed, and what is no time, before anything is compiled."""
+def _check_arguments(checkpoints: Any, resume: Any, interval: Any) -> None:
+    """Refuses arguments of the wrong kind before anything is compiled."""
     if not isinstance(interval, int | float) or not interval > 0:
         raise ValueError(f"interval must be a number of seconds > 0, got {interval!r}; use 0.5.")
     if checkpoints is not None and not isinstance(checkpoints, CheckpointFolder):
