@@ -1,5 +1,8 @@
 """Evaluation: whole first episodes, exact returns, its own randomness."""
 
+import signal
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,9 @@ from probes import Probe
 from small_runs import program
 
 from a3c_jax import A3CConfig, evaluate, greedy_policy, make, random_policy, sampled_policy, train
+from a3c_jax.asynchrony import evaluation
 from a3c_jax.asynchrony.evaluation import Policy
+from a3c_jax.asynchrony.signals import noted_signals
 from a3c_jax.distributions import Categorical
 from a3c_jax.networks import ActorCritic
 from experiments.report import _side_by_side
@@ -99,6 +104,40 @@ def test_evaluation_disturbs_no_training():
         sampled_policy(before.network), before.params, before.environment, before.evaluation_key, 5
     )
     chex.assert_trees_all_equal(before.params, train(run).params)
+
+
+def test_long_episodes_are_played_in_several_calls_and_those_that_may_never_end_say_so(monkeypatch):
+    environment = Probe(9, lambda sign, action, last: jnp.ones_like(sign))
+    policy = counting(4)
+    whole = evaluate(policy, None, environment, jax.random.key(0), 3)
+    monkeypatch.setattr(evaluation, "_STEPS_AT_A_TIME", 2)
+    monkeypatch.setattr(evaluation, "_MANY_STEPS", 8)
+    with pytest.warns(RuntimeWarning, match="after 8 steps .* have not ended"):
+        in_parts = evaluate(policy, None, environment, jax.random.key(0), 3)
+    chex.assert_trees_all_equal(whole, in_parts)
+    monkeypatch.setattr(evaluation, "_MANY_STEPS", 10)
+    with warnings.catch_warnings(action="error"):
+        evaluate(policy, None, environment, jax.random.key(0), 3)
+
+
+def test_an_evaluation_that_never_ends_can_be_interrupted(monkeypatch):
+    class Never(Probe):
+        def step(self, key, state, action):
+            transition = super().step(key, state, action)
+            return transition._replace(terminated=jnp.zeros_like(transition.terminated))
+
+    monkeypatch.setattr(evaluation, "_STEPS_AT_A_TIME", 2)
+    go_on = evaluation._go_on
+
+    def interrupt_the_third(*arguments):
+        if isinstance(arguments[-1], int) and arguments[-1] == 6:
+            signal.raise_signal(signal.SIGINT)
+        return go_on(*arguments)
+
+    monkeypatch.setattr(evaluation, "_go_on", interrupt_the_third)
+    environment = Never(9, lambda sign, action, last: jnp.ones_like(sign))
+    with noted_signals(), pytest.raises(KeyboardInterrupt):
+        evaluate(constant(0), None, environment, jax.random.key(0), 3)
 
 
 def test_equal_networks_and_other_parameters_share_one_compiled_evaluation():

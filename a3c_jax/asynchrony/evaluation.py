@@ -20,7 +20,10 @@ _ON_HOST_AT_A_TIME = 32
 """How many environments on the host are evaluated side by side."""
 
 _MANY_STEPS = 100_000
-"""Steps of episodes on the host after which a warning says that they may never end."""
+"""Steps of an episode after which a warning says that it may never end."""
+
+_STEPS_AT_A_TIME = 2_500
+"""Steps of one compiled call. Between two of them Ctrl-C is noticed."""
 
 
 class Policy(NamedTuple):
@@ -124,8 +127,7 @@ def evaluate(
         raise ValueError(f"num_episodes must be >= 1, got {num_episodes}; use 100.")
     if isinstance(environment, HostEnvironment):
         return _run_episodes_on_host(policy, environment, num_episodes, params, key)
-    returns, lengths = _run_episodes(policy, environment, num_episodes, params, key)
-    return Evaluation(np.asarray(returns), np.asarray(lengths))
+    return _run_episodes(policy, environment, num_episodes, params, key)
 
 
 def _policy(network: Any, choose: Callable[[Any, Array], Array]) -> Policy:
@@ -150,13 +152,44 @@ class _Episodes(NamedTuple):
     lengths: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run_episodes(
     policy: Policy, environment: Environment, num_episodes: int, params: Any, key: Array
-) -> tuple[Array, Array]:
+) -> Evaluation:
     """The returns and lengths of the first episode of each environment."""
+    last = _STEPS_AT_A_TIME
+    now = _begin_episodes(policy, environment, num_episodes, params, key, last)
+    while now.running.any():
+        raise_noted()
+        if last == _MANY_STEPS:
+            _warn_of_long_episodes(environment.name)
+        last += _STEPS_AT_A_TIME
+        now = _go_on(policy, environment, params, now, last)
+    return Evaluation(np.asarray(now.returns), np.asarray(now.lengths))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _begin_episodes(
+    policy: Policy,
+    environment: Environment,
+    num_episodes: int,
+    params: Any,
+    key: Array,
+    last: int,
+) -> _Episodes:
+    """An episode of each environment, until it ends or has so many steps."""
     key, reset_key = jax.random.split(key)
     observation, state = environment.reset(reset_key, num_episodes)
+    none = jnp.zeros(num_episodes, jnp.int32)
+    carry = policy.initialize_carry(num_episodes)
+    start = _Episodes(key, observation, state, carry, none == 0, none.astype(jnp.float32), none)
+    return _go_on(policy, environment, params, start, last)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _go_on(
+    policy: Policy, environment: Environment, params: Any, start: _Episodes, last: int
+) -> _Episodes:
+    """The episodes that have not ended, until they end or have so many steps."""
 
     def step(now: _Episodes) -> _Episodes:
         key, action_key, environment_key = jax.random.split(now.key, 3)
@@ -172,11 +205,19 @@ def _run_episodes(
             lengths=now.lengths + now.running,
         )
 
-    none = jnp.zeros(num_episodes, jnp.int32)
-    carry = policy.initialize_carry(num_episodes)
-    start = _Episodes(key, observation, state, carry, none == 0, none.astype(jnp.float32), none)
-    end = jax.lax.while_loop(lambda now: jnp.any(now.running), step, start)
-    return end.returns, end.lengths
+    def goes_on(now: _Episodes) -> Array:
+        return jnp.any(now.running) & (jnp.max(now.lengths) < last)
+
+    return jax.lax.while_loop(goes_on, step, start)
+
+
+def _warn_of_long_episodes(name: str) -> None:
+    warnings.warn(
+        f"after {_MANY_STEPS:,} steps of an evaluation some episodes of environment {name!r} have not ended; if they "
+        "never do, give it a time limit, as by gymnasium's max_episode_steps or gymnax's max_steps_in_episode.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _run_episodes_on_host(
@@ -206,10 +247,5 @@ def _run_episodes_on_host(
                 running &= ~(stepped.terminated | stepped.truncated)
                 observation, step = environment.encode(stepped.observation), step + 1
                 if step == _MANY_STEPS and running.any():
-                    warnings.warn(
-                        f"after {step:,} steps of an evaluation some episodes of environment {environment.name!r} have not "
-                        "ended; if they never do, give it a time limit, as by gymnasium's max_episode_steps.",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
+                    _warn_of_long_episodes(environment.name)
     return Evaluation(returns[:num_episodes], lengths[:num_episodes])
