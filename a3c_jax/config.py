@@ -33,7 +33,8 @@ class A3CConfig:
 
     Attributes:
       environment: Name of a gymnax environment, or CartPole-v0, which is CartPole-v1 with a limit of 200 steps.
-        Parameters may follow as in a URL. An environment that your own module registers is named module:id.
+        Parameters may follow as in a URL. An environment that your own module registers is named module:id,
+        one of Gymnasium gymnasium:id, and a game of Atari ale:game.
       algorithm: What the workers do: a3c, or one of the paper's other methods, one_step_q, one_step_sarsa and
         n_step_q. Arguments may follow as in a URL. One of your own is named module:function.
       seed: Seed of every random number in the run: the initial parameters, each worker, the evaluation.
@@ -83,7 +84,8 @@ class A3CConfig:
         tanh. The log-probability is that of the number before.
       state_dependent_scale: Let the standard deviation of a continuous policy be the softplus of a layer, instead of one
         free parameter for each dimension.
-      max_steps: Stop after this many environment steps of all workers together. None sets no limit.
+      max_steps: Stop with the first update that reaches this many environment steps of all workers together. None
+        sets no limit.
       max_episodes: Stop after this many episodes of all workers together. None sets no limit.
       solved_return: Stop as soon as the mean return of the last solved_window episodes reaches this value. None
         never stops for it.

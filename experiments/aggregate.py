@@ -6,7 +6,7 @@ rliable is an extra, and it is imported only when there are runs enough for an i
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +72,23 @@ def aggregate(
             np.random.set_state(state)
         value[complete], interval[:, complete] = values["runs"], intervals["runs"]
     return Aggregate("mean" if statistic is mean else "IQM", value, interval)
+
+
+def in_words(scores: Sequence[float]) -> str:
+    """What several runs reached together, for people."""
+    if not scores:
+        return "-"
+    together, digits = aggregate(np.array(scores)[:, None]), decimals(scores)
+    text = f"{together.name} {together.value[0]:.{digits}f}"
+    if together.interval is None:
+        return text
+    low, high = together.interval[:, 0]
+    return f"{text}, 95 % interval {low:.{digits}f} to {high:.{digits}f}"
+
+
+def decimals(returns: Any) -> int:
+    """How many decimals returns are printed with: one, or two if all of them are small."""
+    return 1 if np.max(np.abs(returns)) >= 10 else 2
 
 
 def interquartile_mean(scores: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ class Options:
     progress: bool = True
     """Show a progress bar."""
     resume: Path | None = None
-    """Go on with an earlier run instead of starting a new one. Give a run folder, to go on from its latest checkpoint in the same folder, or a checkpoint file, to go on in a new folder. The configuration is that of the run; only its budgets can be changed."""
+    """Go on with an earlier run instead of starting a new one. Give a run folder, to go on from its latest checkpoint in the same folder, or a checkpoint file, to go on in a new folder. The configuration is that of the run; only its budgets, its solved return and max-concurrent-workers can be changed."""
     checkpoint_seconds: float | None = 30.0
     """Save a checkpoint every so many seconds; None saves none by time."""
     checkpoint_updates: int | None = None

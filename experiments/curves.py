@@ -92,17 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def print_results(group: Group) -> None:
     """Prints what a group's runs reached in their last episodes, and how many of them were solved."""
-    from experiments.aggregate import aggregate
+    from experiments.aggregate import decimals, in_words
 
-    last = np.array([[run.episode_return[-100:].mean()] for run in group.runs])
-    together = aggregate(last)
-    text = f"  mean return of the last 100 episodes: {', '.join(f'{x:.1f}' for x in last[:, 0])}"
-    if len(last) > 1:
-        text += f"; {together.name} {together.value[0]:.1f}"
-    if together.interval is not None:
-        low, high = together.interval[:, 0]
-        text += f", 95 % interval {low:.1f} to {high:.1f}"
-    print(text)
+    last = [float(run.episode_return[-100:].mean()) for run in group.runs]
+    each = ", ".join(f"{x:.{decimals(last)}f}" for x in last)
+    together = f"; {in_words(last)}" if len(last) > 1 else ""
+    print(f"  mean return of the last 100 episodes: {each}{together}")
     solved_return = group.config["solved_return"]
     if solved_return is not None:
         window = group.config["solved_window"]

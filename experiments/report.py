@@ -20,6 +20,7 @@ from a3c_jax.asynchrony.evaluation import Policy
 from a3c_jax.asynchrony.signals import number_of, raise_noted
 from a3c_jax.asynchrony.whole_files import writing_whole
 from a3c_jax.host_environment import HostEnvironment
+from experiments.aggregate import decimals
 from experiments.run_folder import print_training, write_json
 
 Evaluations = dict[str, dict[str, float]]
@@ -197,9 +198,11 @@ def summarize(result: a3c_jax.TrainResult) -> dict[str, Any]:
 
 def print_evaluation(evaluations: Evaluations) -> None:
     """Prints a table with a row for each policy."""
-    print("  evaluation       mean     std     min     max")
+    columns = ("mean", "std", "min", "max")
+    digits = decimals([e[of] for e in evaluations.values() for of in columns])
+    print("  evaluation  " + "".join(f"{of:>8}" for of in columns))
     for label, e in evaluations.items():
-        print(f"  {label:<12} {e['mean']:>8.1f}{e['std']:>8.1f}{e['min']:>8.1f}{e['max']:>8.1f}")
+        print(f"  {label:<12}" + "".join(f"{e[of]:>8.{digits}f}" for of in columns))
 
 
 def _draw(

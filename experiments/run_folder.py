@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import a3c_jax
 from a3c_jax.asynchrony.signals import noted_signals, number_of
 from a3c_jax.asynchrony.whole_files import writing_whole
+from experiments.aggregate import decimals
 
 
 def check_is_new(run_dir: Path | None) -> None:
@@ -156,10 +157,10 @@ def print_training(result: "a3c_jax.TrainResult", steps_before: int = 0) -> None
     last = returns[-config.solved_window :]
     skipped = f", of which {result.skipped:,} were skipped" if result.skipped else ""
     print(
-        f"\n{config.environment}, seed {config.seed}: stopped by {result.stop_reason} after "
+        f"\n{config.environment}, seed {config.seed}: stopped ({result.stop_reason}) after "
         f"{result.environment_steps:,} steps, {len(returns):,} episodes, {result.version:,} updates{skipped}\n"
         f"  mean return of the last {config.solved_window} episodes: "
-        f"{f'{last.mean():.1f}' if last.size else '-'}, "
+        f"{f'{last.mean():.{decimals(last)}f}' if last.size else '-'}, "
         f"{rate:,.0f} steps/s, overshoot {result.overshoot:,} steps"
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from a3c_jax import EpisodeLog, find_checkpoint
-from experiments.aggregate import aggregate
+from experiments.aggregate import in_words
 from experiments.plotting import Panel, learning_curves
 from experiments.run_folder import read_json
 from experiments.sweep_processes import Run
@@ -34,24 +34,12 @@ def table(runs: Sequence[Run]) -> str:
             [
                 *(label, str(len(ended)), str(failed), solved),
                 f"{median:,.0f}" if math.isfinite(median) else "-",
-                summarise([float(returns.mean()) for returns in last if len(returns)]),
+                in_words([float(returns.mean()) for returns in last if len(returns)]),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join(lines)
-
-
-def summarise(scores: Sequence[float]) -> str:
-    """What several runs reached together, in words: see `experiments.aggregate`."""
-    if not scores:
-        return "-"
-    together = aggregate(np.array(scores)[:, None])
-    text = f"{together.name} {together.value[0]:.1f}"
-    if together.interval is None:
-        return text
-    low, high = together.interval[:, 0]
-    return f"{text}, 95 % interval {low:.1f} to {high:.1f}"
 
 
 def draw(runs: Sequence[Run], path: Path) -> bool:

@@ -120,6 +120,14 @@ def test_two_runs_have_a_mean_and_no_interval(without_rliable, capsys):
     assert capsys.readouterr().err == ""  # rliable is not asked for
 
 
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [([], "-"), ([-0.12, 0.98], "mean 0.43"), ([-0.5, 12.0], "mean 5.8")],
+)
+def test_small_returns_are_shown_with_more_decimals(scores, words):
+    assert aggregate.in_words(scores) == words
+
+
 def test_without_rliable_there_are_means_and_it_is_said_once_how_to_install_it(
     without_rliable, capsys, tmp_path
 ):
@@ -131,7 +139,7 @@ def test_without_rliable_there_are_means_and_it_is_said_once_how_to_install_it(
     output = capsys.readouterr()
     assert output.err.count("rliable cannot be imported") == 1
     assert "run: pip install -e '.[rliable]'" in output.err
-    assert "last 100 episodes: 0.0, 1.0, 2.0, 9.0; mean 3.0\n" in output.out
+    assert "last 100 episodes: 0.00, 1.00, 2.00, 9.00; mean 3.00\n" in output.out
 
 
 # Groups and their labels.
@@ -152,11 +160,11 @@ def test_runs_are_grouped_by_environment_and_configuration(four_runs, tmp_path, 
     draw(four_runs, tmp_path)
     assert capsys.readouterr().out.splitlines()[:-1] == [
         "Catch-bsuite, core None",
-        "  mean return of the last 100 episodes: 1.0, 1.0; mean 1.0",
+        "  mean return of the last 100 episodes: 1.00, 1.00; mean 1.00",
         "Catch-bsuite, core lstm",
-        "  mean return of the last 100 episodes: 1.0",
+        "  mean return of the last 100 episodes: 1.00",
         "Breakout-MinAtar",
-        "  mean return of the last 100 episodes: 1.0",
+        "  mean return of the last 100 episodes: 1.00",
     ]
 
 

@@ -82,7 +82,7 @@ def test_cartpole_leaves_everything_in_its_run_folder(tmp_path):
     tiny = ["--max-steps", "2000", "--num-workers", "2", "--evaluation-episodes", "5"]
     done = run("experiments.cartpole", *tiny, "--run-dir", str(folder), "--seed", "7")
     assert done.returncode == 0, done.stderr
-    for word in ("greedy", "sampled", "random", "stopped by max_steps", "steps/s", str(folder)):
+    for word in ("greedy", "sampled", "random", "stopped (max_steps)", "steps/s", str(folder)):
         assert word in done.stdout
     for word in ("episodes", "mean of last 100", "updates", "staleness", "steps/s"):
         assert word in done.stderr  # the progress bar
@@ -234,7 +234,7 @@ def test_ctrl_c_keeps_what_was_learnt(tmp_path):
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "stopped by interrupted" in output
+    assert "stopped (interrupted)" in output
     assert f"go on with: python -m experiments.cartpole --resume {folder}" in output
     assert "Traceback" not in errors
     learnt = a3c_jax.find_checkpoint(folder)

@@ -75,7 +75,7 @@ def test_the_synchronous_program_solves_cartpole(capsys):
     trained = synchronous.main(["--num-workers", "2"])
     assert trained.stop_reason == "solved" and trained.mean_return >= 475
     output = capsys.readouterr().out
-    assert "16 environments: stopped by solved" in output
+    assert "16 environments: stopped (solved)" in output
     assert float(output.split("greedy evaluation: mean ")[1].split(",")[0]) >= 475
 
 

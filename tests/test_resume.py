@@ -332,7 +332,7 @@ def test_ctrl_c_and_sigterm_stop_at_once_save_and_say_how_to_go_on(tmp_path, num
     seconds = time.monotonic() - begin
     print(f"{seconds:.2f} s from signal {number} to the exit")
     assert returncode == code, errors
-    assert "stopped by interrupted" in output
+    assert "stopped (interrupted)" in output
     assert f"go on with: python -m experiments.cartpole --resume {run_dir}\n" in output
     assert "Traceback" not in errors
     checkpoint = find_checkpoint(run_dir)

@@ -75,7 +75,7 @@ def test_ctrl_c_in_the_evaluation_keeps_what_was_learnt(command, tmp_path, monke
     with usual_ctrl_c():
         code, output, errors = command()
     assert code == 130
-    assert "stopped by max_steps" in output
+    assert "stopped (max_steps)" in output
     assert errors.startswith("interrupted; the training is done, and what it has learnt is in")
     assert "python -m experiments.evaluate" in errors
     run = tmp_path / "run"

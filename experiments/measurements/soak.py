@@ -92,7 +92,7 @@ def _print_memory(samples: Samples, result: Any) -> None:
     log = (12 * result.version + 32 * len(result.episodes.length)) / MEBIBYTE
     print(
         f"{minutes:.1f} minutes, {result.environment_steps:,} steps, {result.version:,} updates, "
-        f"{len(result.episodes.length):,} episodes, stopped by {result.stop_reason}\n"
+        f"{len(result.episodes.length):,} episodes, stopped ({result.stop_reason})\n"
         f"memory: {resident[0]:.0f} MiB at the start, {resident[half]:.0f} halfway, {resident[-1]:.0f} at the end, "
         f"{resident.max():.0f} at most; {slope:+.2f} MiB a minute over the second half\n"
         f"  after the first two minutes, the largest and the smallest differ by {growth:.1f} MiB\n"

@@ -164,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> Trained:
     mean = "-" if trained.mean_return is None else f"{trained.mean_return:.1f}"
     seconds = trained.seconds
     print(
-        f"{config.environment}, seed {config.seed}, {config.envs_per_worker} environments: stopped by "
-        f"{trained.stop_reason} after {trained.environment_steps:,} steps, {trained.episodes:,} episodes\n"
+        f"{config.environment}, seed {config.seed}, {config.envs_per_worker} environments: stopped "
+        f"({trained.stop_reason}) after {trained.environment_steps:,} steps, {trained.episodes:,} episodes\n"
         f"  mean return of the last {config.solved_window} episodes: {mean}, "
         f"{trained.environment_steps / seconds['train']:,.0f} steps/s\n"
         f"  seconds: compile {seconds['compile']:.1f} + train {seconds['train']:.1f}"
