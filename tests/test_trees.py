@@ -150,3 +150,8 @@ def test_a_vector_of_another_length_or_of_other_elements_is_refused():
 def test_the_examples_in_the_docstrings_hold():
     results = doctest.testmod(trees)
     assert results.attempted and not results.failed
+
+
+def test_no_array_is_lost_to_another_of_the_same_name():
+    with pytest.raises(ValueError, match="different names, got 'a/b' twice"):
+        name_leaves({"a/b": jnp.zeros(1), "a": {"b": jnp.ones(1)}})

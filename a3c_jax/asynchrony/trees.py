@@ -15,9 +15,19 @@ def name_leaves(tree: Any) -> Named:
 
     >>> name_leaves({"params": {"bias": jnp.zeros(2)}})
     {'params/bias': array([0., 0.], dtype=float32)}
+
+    Raises:
+      ValueError: if two arrays have the same name, so that one would be lost.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): np.asarray(_data(leaf)) for path, leaf in leaves}
+    named = {_name(path): np.asarray(_data(leaf)) for path, leaf in leaves}
+    if len(named) < len(leaves):
+        names = [_name(path) for path, _ in leaves]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"the arrays of a tree must have different names, got {twice!r} twice; rename a key with a slash."
+        )
+    return named
 
 
 def restore_leaves(what: str, named: Named, like: Any) -> Any:

@@ -131,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     records = Records(run_dir / "returns.jsonl")
     cases = [(g, a, s) for s in _seeds(parsed) for g in parsed.games for a in parsed.agents]
     for case in (bar := tqdm(cases, unit=" runs")):
-        bar.set_description(f"{case[0]}, {case[1]}")
         if case not in records:
+            bar.set_description(f"{case[0]}, {case[1]}")
             records.add([case], [play(parsed, run_dir, *case)])
     lines = []
     for game, agent in itertools.product(parsed.games, parsed.agents):
@@ -211,7 +211,7 @@ def draw(paths: Sequence[Path], parsed: Arguments, lines: Sequence[Line]) -> Non
             axes.set_xlabel("return")
             axes.set_xlim(left=0)
         panels[0].set_yticks(range(rows), [AGENTS[agent] for agent in parsed.agents])
-        panels[0].invert_yaxis()
+        panels[0].set_ylim(rows - 0.5, -0.5)
 
 
 if __name__ == "__main__":
