@@ -1,6 +1,7 @@
 """Algorithms by name: `a3c`, the paper's other three methods, and your own."""
 
 import functools
+import inspect
 from typing import Any
 
 from a3c_jax.algorithm import MakeAlgorithm, a3c
@@ -29,15 +30,26 @@ def find_algorithm(name: str) -> MakeAlgorithm:
       `algorithm(config, environment, network) -> Algorithm`.
 
     Raises:
-      ValueError: if there is no such algorithm.
+      ValueError: if there is no such algorithm, or if it does not take an argument.
     """
     module, base, arguments = parse_name("algorithm", name, "n_step_q?target_interval=2000")
     known: Any = vars(import_named("algorithm", name, module)) if module else ALGORITHMS
-    if base not in known:
+    if not callable(known.get(base)):
         what = (
             f"a function of {module}"
             if module
             else f"one of {', '.join(ALGORITHMS)}, or module:function"
         )
         raise ValueError(f"A3CConfig.algorithm must be {what}, got {name!r}; use 'a3c'.")
-    return functools.partial(known[base], **arguments) if arguments else known[base]
+    if not arguments:
+        return known[base]
+    signature = inspect.signature(known[base])
+    try:
+        signature.bind("config", "environment", "network", **arguments)
+    except TypeError as error:
+        takes = ", ".join([*signature.parameters][3:]) or "none"
+        raise ValueError(
+            f"A3CConfig.algorithm must give only arguments that the algorithm takes, which are {takes}, got {name!r} "
+            f"({error}); correct them."
+        ) from None
+    return functools.partial(known[base], **arguments)

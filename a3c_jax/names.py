@@ -32,18 +32,23 @@ def parse_name(what: str, name: str, example: str) -> Name:
       example: a name with parameters, for the error message.
 
     Raises:
-      ValueError: if the parameters are no Python literals.
+      ValueError: if the parameters are no Python literals, or if one is given twice.
     """
     base, _, query = str(name).partition("?")
     module, _, base = base.rpartition(":")
     try:
         pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
-        return Name(module, base, {key: ast.literal_eval(value) for key, value in pairs})
+        params = {key: ast.literal_eval(value) for key, value in pairs}
     except (ValueError, SyntaxError) as error:
         raise ValueError(
             f"the parameters of {what} {name!r} must be numbers, or words in quotes, as in {example!r}, got "
             f"{query!r}; correct it."
         ) from error
+    if len(params) < len(pairs):
+        raise ValueError(
+            f"each parameter of {what} {name!r} must be given once, got {query!r}; leave one of them out."
+        )
+    return Name(module, base, params)
 
 
 def import_named(what: str, name: str, module: str) -> Any:

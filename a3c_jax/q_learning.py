@@ -46,12 +46,9 @@ class Exploration(NamedTuple):
 
     def check(self) -> None:
         """Raises a ValueError if a value is outside its range."""
-        if not self.steps > 0:
-            raise ValueError(f"exploration_steps must be > 0, got {self.steps}; use 100_000.")
-        if not all(0 <= epsilon <= 1 for epsilon in self.final_epsilons):
-            raise ValueError(
-                f"final_epsilons must lie in [0, 1], got {self.final_epsilons}; use {FINAL_EPSILONS}."
-            )
+        _check_positive("exploration_steps", self.steps, "100_000")
+        _check_fractions("final_epsilons", self.final_epsilons, FINAL_EPSILONS)
+        _check_fractions("epsilon_probabilities", self.probabilities, EPSILON_PROBABILITIES)
         same_length = len(self.probabilities) == len(self.final_epsilons)
         if not same_length or abs(sum(self.probabilities) - 1) > 1e-6:
             raise ValueError(
@@ -171,6 +168,7 @@ def value_method(
     exploration_steps: int = 1_000_000,
     final_epsilons: tuple[float, ...] = FINAL_EPSILONS,
     epsilon_probabilities: tuple[float, ...] = EPSILON_PROBABILITIES,
+    **unknown: Any,
 ) -> Algorithm:
     """What the three methods have in common.
 
@@ -190,8 +188,13 @@ def value_method(
       epsilon_probabilities: how probable each of them is.
 
     Raises:
-      ValueError: if actions are continuous or several at once, or if an argument is outside its range.
+      ValueError: if actions are continuous or several at once, or if an argument is unknown or outside its range.
     """
+    if unknown:
+        raise ValueError(
+            "an argument of this algorithm must be one of target_interval, exploration_steps, final_epsilons and "
+            f"epsilon_probabilities, got {', '.join(unknown)}; correct its name."
+        )
     exploration = Exploration(exploration_steps, final_epsilons, epsilon_probabilities)
     exploration.check()
     _check(config, environment, target_interval)
@@ -261,10 +264,8 @@ def _values(
             params, trajectory.observation_tm1, trajectory.carry, starts
         )
 
-        def values_t() -> Array:
-            return functions.act(params, trajectory.observation_t, carries)[0].values
-
-        return distribution.values, values_t
+        observation_t = trajectory.observation_t
+        return distribution.values, lambda: functions.act(params, observation_t, carries)[0].values
 
     q_tm1, online_q_t = unroll(params)
     _, target_q_t = unroll(target_params)
@@ -303,5 +304,17 @@ def _check(config: A3CConfig, environment: Environment, target_interval: int) ->
             f"A3CConfig.algorithm: action values need one discrete action, but {environment.name!r} has {kind}; "
             "use 'a3c'."
         )
-    if not target_interval > 0:
-        raise ValueError(f"target_interval must be > 0, got {target_interval}; use 10_000.")
+    _check_positive("target_interval", target_interval, "10_000")
+
+
+def _check_positive(name: str, value: Any, example: str) -> None:
+    if not isinstance(value, int | float | np.number) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}; use {example}.")
+
+
+def _check_fractions(name: str, values: Any, example: tuple[float, ...]) -> None:
+    numbers = np.asarray(values).tolist() if np.iterable(values) else [None]
+    if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in numbers):
+        raise ValueError(
+            f"{name} must be a tuple of numbers that lie in [0, 1], got {values!r}; use {example}."
+        )

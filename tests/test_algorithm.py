@@ -279,7 +279,9 @@ def test_the_name_a3c_is_the_default():
         ("a2c", "must be one of a3c, one_step_q, one_step_sarsa, n_step_q, or module:function, got 'a2c'"),
         ("json:nonsense", "must be a function of json, got 'json:nonsense'"),
         ("no_such_module:f", "names the module 'no_such_module', which cannot be imported"),
+        ("json:__name__", "must be a function of json, got 'json:__name__'"),
         ("n_step_q?target_interval=soon", "parameters of algorithm .* must be numbers"),
+        ("a3c?learns_at_newest=True&learns_at_newest=False", "parameter of algorithm .* must be given once"),
     ],
 )  # fmt: skip
 def test_an_unknown_name_is_refused(name, message):
@@ -287,9 +289,30 @@ def test_an_unknown_name_is_refused(name, message):
         a3c_jax.build(config(algorithm=name))
 
 
-def test_an_unknown_argument_of_an_algorithm_is_refused():
-    with pytest.raises(TypeError, match="learns_late"):
-        a3c_jax.build(config(algorithm="a3c?learns_late=True"))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "a3c?learns_late=True",
+            "which are loss, learns_at_newest, got 'a3c.learns_late=True' .*; corr",
+        ),
+        ("a3c?config=3", r"got 'a3c.config=3' \(multiple values for argument 'config'\)"),
+        (
+            "n_step_q?target=5",
+            "one of target_interval, exploration_steps, .*, got target; correct its",
+        ),
+        (
+            "my_algorithms:tempered?decoy=1",
+            "which are decay, got 'my_algorithms:tempered.decoy=1' .*",
+        ),
+    ],
+)
+def test_an_unknown_argument_of_an_algorithm_is_refused(monkeypatch, name, message):
+    module = types.ModuleType("my_algorithms")
+    module.tempered = tempered
+    monkeypatch.setitem(sys.modules, "my_algorithms", module)
+    with pytest.raises(ValueError, match=message):
+        a3c_jax.build(config(algorithm=name))
 
 
 def test_an_algorithm_beside_a_name_or_a_loss_is_refused():

@@ -269,9 +269,19 @@ def test_cartpole_is_solved(preset):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("target_interval=0", "target_interval must be > 0, got 0"),
-        ("exploration_steps=-1", "exploration_steps must be > 0, got -1"),
-        ("final_epsilons=(2,)", "final_epsilons must lie in"),
+        ("target_interval=0", "target_interval must be a finite number > 0, got 0"),
+        ("exploration_steps=-1", "exploration_steps must be a finite number > 0, got -1"),
+        ("target_interval='x'", "target_interval must be a finite number > 0, got 'x'; use 10_000"),
+        ("final_epsilons=(2,)", r"final_epsilons must be .* lie in \[0, 1\], got \(2,\)"),
+        ("final_epsilons=0.1", "final_epsilons must be a tuple of numbers .*, got 0.1; use"),
+        (
+            "final_epsilons=('a',0.1,0.1)",
+            r"final_epsilons must be a tuple of numbers .*, got \('a'",
+        ),
+        (
+            "epsilon_probabilities=(1.5,-0.5,0)",
+            r"epsilon_probabilities must .* lie in \[0, 1\], got",
+        ),
         ("epsilon_probabilities=(0.5,0.5)", "a probability for each of final_epsilons"),
         ("epsilon_probabilities=(0.5,0.4,0.3)", "sum to 1"),
     ],
@@ -279,6 +289,14 @@ def test_cartpole_is_solved(preset):
 def test_an_argument_outside_its_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         a3c_jax.build(config(arguments=arguments))
+
+
+def test_a_probability_that_is_no_number_is_refused():
+    method = functools.partial(
+        one_step_q, final_epsilons=(0.1, 0.2), epsilon_probabilities=(1.0, np.nan)
+    )
+    with pytest.raises(ValueError, match=r"epsilon_probabilities must .*, got \(1.0, nan\); use"):
+        a3c_jax.build(A3CConfig(**TINY), algorithm=method)
 
 
 def test_continuous_actions_are_refused():
