@@ -1,5 +1,6 @@
 """What each field of `A3CConfig` must be, and what an error says if it is not."""
 
+import numbers
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,19 +22,46 @@ class Rule(NamedTuple):
       remedy: what to write instead, as in 'use 2e-3'.
       has_type: whether a value has the right type.
       holds: whether a value of that type is in range.
+      remedy_for_type: what to do about a value of another type, if that is something else.
     """
 
     text: str
     remedy: str
     has_type: Callable[[Any], bool]
     holds: Callable[[Any], bool] = lambda value: True
+    remedy_for_type: str = ""
 
     def check(self, name: str, value: Any) -> None:
         """Raises a TypeError or a ValueError if the value breaks the rule."""
-        if self.has_type(value) and self.holds(value):
+        has_type = self.has_type(value)
+        if has_type and self.holds(value):
             return
-        kind = ValueError if self.has_type(value) else TypeError
-        raise kind(f"A3CConfig.{name} {self.text}, got {value!r}; {self.remedy}.")
+        remedy = self.remedy if has_type else self.remedy_for_type or self.remedy
+        integer = _as_integer(value)
+        if integer is not None and self.has_type(integer) and self.holds(integer):
+            remedy = f"use {integer:_}"
+        kind = ValueError if has_type else TypeError
+        raise kind(f"A3CConfig.{name} {self.text}, got {value!r}; {remedy}.")
+
+
+def check_int(name: str, value: Any, minimum: int) -> int:
+    """The value as an integer.
+
+    Raises:
+      TypeError: if it is no integer.
+      ValueError: if it is smaller than the minimum.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        remedy = max(minimum, _as_integer(value) or minimum)
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}; use {remedy:_}.")
+    if value < minimum:
+        raise ValueError(f"{name} must be >= {minimum}, got {value}; use {minimum} or more.")
+    return int(value)
+
+
+def _as_integer(value: Any) -> int | None:
+    """The integer that a float such as 1e6 stands for, if it is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
 def _optional(rule: Rule) -> Rule:
@@ -67,13 +95,26 @@ def _choice(options: Any) -> Rule:
     return Rule(
         f"must be one of {', '.join(map(str, choices))}",
         f"use {choices[0]!r}",
-        lambda x: True,
+        lambda x: isinstance(x, str),
         lambda x: x in choices,
     )
 
 
 def _flag(default: bool) -> Rule:
     return Rule("must be True or False", f"use {default}", lambda x: isinstance(x, bool))
+
+
+def _name(default: str) -> Rule:
+    return Rule(
+        "must be a name that is not empty", f"use {default!r}", lambda x: isinstance(x, str), bool
+    )
+
+
+def _or_object(rule: Rule, argument: str) -> Rule:
+    """The rule of a name, in place of which `train` takes an object as an argument."""
+    return rule._replace(
+        remedy_for_type=f"use a name, or pass the object to train(..., {argument}=...)"
+    )
 
 
 _FINITE = "a finite number"
@@ -84,12 +125,8 @@ _WEIGHT = "a finite number >= 0"
 _POSITIVE = "a finite number > 0"
 
 RULES = {
-    "environment": Rule(
-        "must be a name that is not empty", "use 'CartPole-v1'", lambda x: isinstance(x, str), bool
-    ),
-    "algorithm": Rule(
-        "must be a name that is not empty", "use 'a3c'", lambda x: isinstance(x, str), bool
-    ),
+    "environment": _or_object(_name("CartPole-v1"), "environment"),
+    "algorithm": _or_object(_name("a3c"), "algorithm"),
     "seed": _integer(0, 2**32 - 1),
     "num_workers": _COUNT,
     "envs_per_worker": _COUNT,
@@ -103,7 +140,7 @@ RULES = {
     "normalize_rewards": _flag(False),
     "reward_clip": _optional(_number(_POSITIVE, "None for no limit", lambda x: x > 0)),
     "terminal_reward": _optional(_number(_FINITE, "None for the environment's own")),
-    "optimizer": _choice(Optimizer),
+    "optimizer": _or_object(_choice(Optimizer), "optimizer"),
     "learning_rate": _number(_POSITIVE, "2e-3", lambda x: x > 0),
     "learning_rate_schedule": _choice(LearningRateSchedule),
     "adam_epsilon": _number(_POSITIVE, "1e-5", lambda x: x > 0),

@@ -220,10 +220,11 @@ def test_a_save_is_due_by_time_or_by_updates_or_never(tmp_path, monkeypatch):
         ({"every_seconds": float("nan")}, "every_seconds must be > 0, got nan"),
         ({"every_updates": -1}, "every_updates must be > 0, got -1; use None"),
         ({"keep": 0}, "keep must be >= 1, got 0; use 1"),
+        ({"keep": 1.5}, "keep must be an integer >= 1, got 1.5; use 1."),
     ],
 )
 def test_a_folder_of_nonsense_is_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         CheckpointFolder(tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
 

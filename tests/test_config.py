@@ -120,6 +120,25 @@ def test_a_value_of_the_wrong_type_raises_type_error_with_a_remedy(field, value)
         A3CConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "remedy"),
+    [
+        ("max_steps", 1e6, "use 1_000_000"),
+        ("num_workers", 2.0, "use 2"),
+        ("t_max", 0.0, "use 1 or more"),
+        ("max_steps", 1.5, "use 1 or more"),
+        ("optimizer", object(), "use a name, or pass the object to train(..., optimizer=...)"),
+        ("environment", object(), "use a name, or pass the object to train(..., environment=...)"),
+        ("algorithm", print, "use a name, or pass the object to train(..., algorithm=...)"),
+        ("torso", object(), "use 'auto'"),
+    ],
+    ids=str,
+)
+def test_the_remedy_fits_the_value(field, value, remedy):
+    with pytest.raises(TypeError, match=re.escape(f"got {value!r}; {remedy}.") + "$"):
+        A3CConfig(**{field: value})
+
+
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(A3CConfig)])
 def test_no_field_goes_unvalidated(field):
     with pytest.raises((TypeError, ValueError), match=rf"^A3CConfig\.{field} must "):

@@ -233,6 +233,8 @@ def test_without_ray_there_is_one_sentence(monkeypatch):
 def test_an_option_out_of_range_is_refused():
     with pytest.raises(ValueError, match="RayOptions.workers_per_process must be >= 1, got 0"):
         RayOptions(workers_per_process=0)
+    with pytest.raises(TypeError, match="workers_per_process must be an integer >= 1, got 1.5"):
+        RayOptions(workers_per_process=1.5)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from a3c_jax.asynchrony.checkpoint_files import (
 from a3c_jax.asynchrony.logs import Log, StoredLog
 from a3c_jax.asynchrony.trees import restore_from_vector, restore_leaves
 from a3c_jax.config import A3CConfig
+from a3c_jax.rules import check_int
 
 _SUFFIX = ".checkpoint"
 
@@ -110,6 +111,7 @@ class CheckpointFolder:
 
     Raises:
       ValueError: if a value is not positive.
+      TypeError: if `keep` is no integer.
     """
 
     def __init__(
@@ -123,8 +125,7 @@ class CheckpointFolder:
         for name, value in (("every_seconds", every_seconds), ("every_updates", every_updates)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}; use None for never.")
-        if keep < 1:
-            raise ValueError(f"keep must be >= 1, got {keep}; use 1 to keep the last only.")
+        check_int("keep", keep, 1)
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._every_seconds, self._every_updates, self._keep = every_seconds, every_updates, keep

@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from a3c_jax.rules import check_int
+
 _CONNECT_SECONDS = 10.0
 """How long an address may take to answer."""
 
@@ -40,7 +42,8 @@ class RayOptions:
     max_deaths: int = 10
 
     def __post_init__(self) -> None:
-        least_of = {"workers_per_process": 1, "cpus_per_process": 0, "patience": 0, "max_deaths": 0}
+        check_int("RayOptions.workers_per_process", self.workers_per_process, 1)
+        least_of = {"cpus_per_process": 0, "patience": 0, "max_deaths": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
             if not value >= least:

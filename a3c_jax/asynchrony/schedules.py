@@ -2,11 +2,11 @@
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from a3c_jax.asynchrony.records import Schedule
+from a3c_jax.rules import check_int
 
 
 def round_robin(num_workers: int, num_updates: int) -> Schedule:
@@ -118,17 +118,3 @@ def straggler(num_workers: int, slowness: float, num_updates: int) -> Schedule:
         segments[worker] += 1
         heapq.heappush(ends, (segments[worker] * duration[worker], worker))
     return schedule
-
-
-def check_int(name: str, value: Any, minimum: int) -> int:
-    """The value as an integer.
-
-    Raises:
-      TypeError: if it is no integer.
-      ValueError: if it is smaller than the minimum.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}; use {minimum}.")
-    if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}; use {minimum} or more.")
-    return int(value)

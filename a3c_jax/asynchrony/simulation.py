@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from a3c_jax.asynchrony.records import Schedule
-from a3c_jax.asynchrony.schedules import check_int
 from a3c_jax.asynchrony.simulation_result import SimulationResult
 from a3c_jax.blueprint import Parts, describe, make_parts
 from a3c_jax.config import A3CConfig
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.optimizers import Updater
 from a3c_jax.own_checks import check_settings
+from a3c_jax.rules import check_int
 
 Array = jax.Array
 
