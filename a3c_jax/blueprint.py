@@ -16,7 +16,7 @@ from a3c_jax.config import A3CConfig, default_of
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.host_worker import HostStepFunctions, rehearse
 from a3c_jax.optimizers import Updater, make_optimizer, make_updater
-from a3c_jax.own_checks import check_loss, checked_algorithm, checked_optimizer
+from a3c_jax.own_checks import check_config, check_loss, checked_algorithm, checked_optimizer
 from a3c_jax.worker import differentiate, make_worker_step
 
 MakeOptimizer: TypeAlias = Callable[[Any], optax.GradientTransformation]
@@ -98,6 +98,7 @@ def make_parts(
         do not go together (see `a3c_jax.checks`).
       TypeError: if the environment, the network or the algorithm lacks a part.
     """
+    check_config(config)
     environment_given = environment is not None
     if not environment_given:
         environment = environments.make(config.environment, action_bounds=config.action_bounds)

@@ -23,6 +23,18 @@ TAKEN = (
 """What every row of metrics has, whatever the loss reports."""
 
 
+def check_config(config: Any) -> None:
+    """Checks that a configuration is one.
+
+    Raises:
+      TypeError: if it is not.
+    """
+    if not isinstance(config, A3CConfig):
+        raise TypeError(
+            f"config must be an a3c_jax.A3CConfig, got {config!r}; make one, as A3CConfig(max_steps=100_000)."
+        )
+
+
 def checked_algorithm(make_algorithm: Any) -> MakeAlgorithm:
     """The algorithm, checked when it is made; what its loss returns is checked when that is traced.
 

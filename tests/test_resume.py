@@ -18,6 +18,7 @@ from small_runs import (
     OPTIMIZERS,
     WALK,
     StopAt,
+    Walk,
     assert_equal_runs,
     assert_exact_counters,
     cut_short,
@@ -483,3 +484,34 @@ def test_parameters_beside_a_checkpoint_are_refused(tmp_path):
     result = train(small(max_steps=16), checkpoints=CheckpointFolder(tmp_path))
     with pytest.raises(ValueError, match="params must not be given with resume"):
         a3c_jax.train(result.config, params=result.params, resume=find_checkpoint(tmp_path))
+
+
+class Untouched(Walk):
+    """An environment that nobody may play yet."""
+
+    def reset(self, key, num_envs):
+        raise AssertionError("something was built")
+
+
+@pytest.mark.parametrize("call", ["train", "replay"])
+def test_another_configuration_or_object_is_refused_before_anything_is_built(tmp_path, call):
+    train(small(max_steps=16), checkpoints=CheckpointFolder(tmp_path))
+    checkpoint = find_checkpoint(tmp_path)
+    go_on = {
+        "train": lambda config: a3c_jax.train(config, environment=Untouched(), resume=checkpoint),
+        "replay": lambda config: a3c_jax.replay(
+            config, checkpoint.schedule, environment=Untouched(), start=checkpoint
+        ),
+    }[call]
+    with pytest.raises(ValueError, match=r"A3CConfig\.seed must be the checkpoint's 3"):
+        go_on(small(max_steps=16, seed=5))
+    with pytest.raises(
+        ValueError, match=r"environment must be small_runs\.Walk.*, got .*Untouched"
+    ):
+        go_on(small(max_steps=16))
+
+
+def test_a_program_with_another_configuration_is_refused(tmp_path):
+    train(small(max_steps=16), checkpoints=CheckpointFolder(tmp_path))
+    with pytest.raises(ValueError, match=r"A3CConfig\.seed must be the checkpoint's 3"):
+        a3c_jax.train(program(small(seed=5), WALK), resume=find_checkpoint(tmp_path))

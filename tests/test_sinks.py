@@ -71,11 +71,30 @@ def test_without_a_sink_no_rows_pile_up():
     assert run.counters.take_moments() == []
 
 
-def test_less_than_one_update_for_a_row_is_refused_and_sinks_are_closed():
+@pytest.mark.parametrize(
+    ("updates_per_row", "message"),
+    [
+        (0, "updates_per_row must be >= 1, got 0; use 1 or more"),
+        (1.5, "updates_per_row must be an integer >= 1, got 1.5; use 1"),
+        (1e2, "updates_per_row must be an integer >= 1, got 100.0; use 100"),
+    ],
+)
+def test_a_wrong_number_of_updates_for_a_row_is_refused_and_sinks_are_closed(
+    updates_per_row, message
+):
     recorder = Recorder()
-    with pytest.raises(ValueError, match="updates_per_row must be >= 1, got 0"):
-        a3c_jax.train(program(CONFIG), sinks=[recorder], updates_per_row=0)
+    with pytest.raises((ValueError, TypeError), match=message):
+        a3c_jax.train(CONFIG, sinks=[recorder], updates_per_row=updates_per_row)
     assert recorder.closed == 1
+
+
+@pytest.mark.parametrize("sinks", [Recorder(), None, [print]], ids=["one", "none", "a function"])
+def test_what_is_no_list_of_sinks_is_refused_before_anything_starts(sinks):
+    message = (
+        r"sinks must be a list of objects with write and close, got .*; put a single sink into"
+    )
+    with pytest.raises(TypeError, match=message):
+        a3c_jax.train(CONFIG, sinks=sinks)
 
 
 def test_tensorboard_gets_every_value(tmp_path):

@@ -13,7 +13,13 @@ from probes import Probe
 from small_runs import assert_equal_runs, program, train_together
 
 import a3c_jax
-from a3c_jax import A3CConfig, SharedParameters, SinkError, _compiled, round_robin
+from a3c_jax import (
+    A3CConfig,
+    SharedParameters,
+    SinkError,
+    _compiled,
+    round_robin,
+)
 from a3c_jax.environments import Transition
 
 SMALL = {"num_workers": 2, "envs_per_worker": 2, "t_max": 4, "hidden_sizes": (8,)}
@@ -412,3 +418,19 @@ def test_cartpole_is_solved_by_one_and_by_many_workers(num_workers):
 def test_the_name_of_a_folder_is_refused_where_an_object_is_needed(options, message):
     with pytest.raises(TypeError, match=message):
         a3c_jax.train(A3CConfig(), **options)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        a3c_jax.train,
+        a3c_jax.build,
+        lambda config: a3c_jax.replay(config, a3c_jax.round_robin(1, 2)),
+        lambda config: a3c_jax.make_simulation(config, 2),
+    ],
+    ids=["train", "build", "replay", "make_simulation"],
+)
+@pytest.mark.parametrize("config", [{"max_steps": 100}, None, A3CConfig], ids=str)
+def test_what_is_no_configuration_is_refused(call, config):
+    with pytest.raises(TypeError, match=r"config must be an a3c_jax\.A3CConfig, got .*; make one"):
+        call(config)

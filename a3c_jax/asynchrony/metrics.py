@@ -66,18 +66,11 @@ class Counters:
       mean_return: the mean return of the last `window` episodes; None before there are so many.
       last_metrics: gives the metrics of the last update, by name; none if there is no update.
       log: every episode that ended.
-
-    Raises:
-      ValueError: if `updates_per_row` is less than 1.
     """
 
     def __init__(
         self, steps_per_update: int, window: int, updates_per_row: int | None = None
     ) -> None:
-        if updates_per_row is not None and updates_per_row < 1:
-            raise ValueError(
-                f"updates_per_row must be >= 1, got {updates_per_row}; use None for rows by seconds."
-            )
         self._updates_per_row = updates_per_row
         self._moments: deque[Moment] = deque()
         self.totals = Totals()

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from a3c_jax import _compiled
-from a3c_jax.asynchrony.objects import name_objects
+from a3c_jax.asynchrony.checkpoint_files import Checkpoint
+from a3c_jax.asynchrony.checkpoints import check_same_run
+from a3c_jax.asynchrony.objects import check_objects, name_objects
 from a3c_jax.blueprint import Blueprint, describe, make_parts
 from a3c_jax.config import (
     BUILT_IN_OPTIMIZER_FIELDS,
@@ -21,6 +23,7 @@ from a3c_jax.config import (
 from a3c_jax.environments import Environment, HostEnvironment
 from a3c_jax.host_worker import CompiledHostStep, HostStepFunctions, rehearse
 from a3c_jax.optimizers import Updater
+from a3c_jax.own_checks import check_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,19 +217,36 @@ def compile_updater(updater: Updater, params: Any, gradients: Any) -> Updater:
 
 
 def as_program(
-    config: A3CConfig | Program, single_kernel: bool | None = None, **objects: Any
+    config: A3CConfig | Program,
+    single_kernel: bool | None = None,
+    start: Checkpoint | None = None,
+    **objects: Any,
 ) -> Program:
     """A program as it is; a configuration built, with the objects that `build` takes.
 
+    Args:
+      config: the program, or the configuration.
+      single_kernel: as in `build`.
+      start: the checkpoint that will be gone on from, if any. It is compared before anything is compiled.
+      **objects: as in `build`.
+
     Raises:
-      ValueError: if a program is given together with an object.
+      ValueError: if a program is given together with an object; if the checkpoint's configuration differs in more
+        than the budgets, or if its run was given other objects.
     """
-    if not isinstance(config, Program):
-        return build(config, single_kernel=single_kernel, **objects)
-    given = [name for name, value in objects.items() if value is not None]
-    if given:
-        raise ValueError(
-            f"{' and '.join(given)} must not be given beside a Program, which is compiled already; give "
-            "them to build."
-        )
-    return config
+    settings: Any = config
+    named = name_objects(objects)
+    if isinstance(config, Program):
+        if named:
+            raise ValueError(
+                f"{' and '.join(named)} must not be given beside a Program, which is compiled already; give "
+                "them to build."
+            )
+        settings, named = config.config, config.objects
+    check_config(settings)
+    if start is not None:
+        check_same_run(start.config, settings)
+        check_objects(start.objects, named)
+    if isinstance(config, Program):
+        return config
+    return build(config, single_kernel=single_kernel, **objects)

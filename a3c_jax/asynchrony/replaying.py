@@ -86,6 +86,7 @@ def replay(
     program = as_program(
         config,
         single_kernel,
+        start,
         environment=environment,
         network=network,
         loss=loss,

@@ -8,10 +8,9 @@ import numpy as np
 
 from a3c_jax import _compiled
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint, CheckpointError, library_versions
-from a3c_jax.asynchrony.checkpoints import check_same_run, restore_tree
+from a3c_jax.asynchrony.checkpoints import restore_tree
 from a3c_jax.asynchrony.logs import Log, map_rows
 from a3c_jax.asynchrony.metrics import Counters, Row, Totals, metrics_of
-from a3c_jax.asynchrony.objects import check_objects
 from a3c_jax.asynchrony.parameters import (
     NonFiniteError,
     SharedParameters,
@@ -228,15 +227,11 @@ class Run:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes on from a checkpoint of a run of the same program.
+        """Goes on from a checkpoint of a run of the same program, as `as_program` has checked.
 
         Raises:
-          ValueError: if the checkpoint's configuration differs in more than the budgets, or if its run was given
-            other objects.
           CheckpointError: if its arrays do not fit the program's.
         """
-        check_same_run(checkpoint.config, self.program.config)
-        check_objects(checkpoint.objects, self.program.objects)
         now, _ = self.store.freeze(lambda: None)
         like = _compiled.unpack(now.snapshot.params)
         params = restore_tree("params", checkpoint.params, like)

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from a3c_jax.asynchrony.checkpoint_files import Checkpoint
@@ -19,6 +19,7 @@ from a3c_jax.asynchrony.sinks import CallFunction
 from a3c_jax.asynchrony.thread_pools import warn_if_different
 from a3c_jax.asynchrony.threads import Step, WorkerError, WorkerThreads
 from a3c_jax.config import A3CConfig
+from a3c_jax.rules import check_int
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -96,7 +97,8 @@ def train(
         `params` and `resume` are given.
       ImportError: if `ray` is given and Ray is not installed.
       ConnectionError: if `ray` names a cluster that cannot be reached.
-      TypeError: if `ray` is given, and an object that was passed in cannot be sent to another process.
+      TypeError: if an argument is of another kind, or if `ray` is given, and an object that was passed in cannot be
+        sent to another process.
       WorkerError: if a worker failed. Its cause is the worker's exception, and its `result` what was
         reached until then.
       SinkError: if a sink failed. Its cause is the sink's exception, and its `result` what was reached until then.
@@ -109,16 +111,20 @@ def train(
       RuntimeWarning: if a checkpoint cannot be written. Training goes on, and the next one is tried. And if the
         run to go on with had another number of XLA threads than this process.
     """
-    _check_arguments(checkpoints, resume, interval)
+    sinks = _check_sinks(sinks)
     if on_progress is not None:
         sinks = [*sinks, CallFunction(on_progress)]
-    single_kernel = None if resume is None else resume.single_kernel
     objects = {"environment": environment, "network": network}
     objects |= {"loss": loss, "optimizer": optimizer, "algorithm": algorithm}
     with noted_signals() as noted:
         with Outlets(sinks) as outlets:
-            program = as_program(config, single_kernel, **objects)
-            run = _start(program, params, resume, updates_per_row)
+            _check_arguments(checkpoints, params, resume, interval, updates_per_row)
+            single_kernel = None if resume is None else resume.single_kernel
+            program = as_program(config, single_kernel, resume, **objects)
+            run = Run(program, params, updates_per_row)
+            if resume is not None:
+                run.restore(resume)
+                warn_if_different(resume.versions)
             stopping = threading.Event()
             with (
                 contextlib.closing(run),
@@ -132,9 +138,7 @@ def train(
                 if resume is None:
                     progress.save()  # so that there is something to go on from, whatever happens next
                 run.start_clock()
-                error = _play(run, threads, progress.tick, interval)
-                progress.save()
-                progress.show(last=True)
+                error = _play(run, threads, progress, interval)
                 result = run.result()
         if error is None and noted:  # too late to interrupt the threads
             error = KeyboardInterrupt(noted[0])
@@ -149,12 +153,16 @@ def train(
 
 
 def _play(
-    run: Run, threads: WorkerThreads, on_tick: Callable[[], None], interval: float
+    run: Run, threads: WorkerThreads, progress: Progress, interval: float
 ) -> BaseException | None:
-    """Runs the threads, and stops the run when they have ended. Returns what they raised, to be raised with the result."""
+    """Runs the threads. When they have ended, stops the run, saves it and shows its last rows.
+
+    Returns:
+      What was raised meanwhile, to be raised with the result.
+    """
     error: BaseException | None = None
     try:
-        threads.run(on_tick, interval)
+        threads.run(progress.tick, interval)
     except BaseException as raised:
         error = raised
     if error is None:
@@ -163,11 +171,32 @@ def _play(
         run.stop("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
     if isinstance(error, WorkerError):
         run.explain(error)
+    progress.save()
+    progress.show(last=True)
     return error
 
 
-def _check_arguments(checkpoints: Any, resume: Any, interval: Any) -> None:
-    """Refuses arguments of the wrong kind before anything is compiled."""
+def _check_sinks(sinks: Any) -> list[Sink]:
+    """The sinks as a list.
+
+    Raises:
+      TypeError: if they are something else.
+    """
+    listed: list[Any] = list(sinks) if isinstance(sinks, Iterable) else [None]
+    if not all(hasattr(sink, "write") and hasattr(sink, "close") for sink in listed):
+        raise TypeError(
+            f"sinks must be a list of objects with write and close, got {sinks!r}; put a single sink into a list, [sink], "
+            "and pass a function as on_progress."
+        )
+    return listed
+
+
+def _check_arguments(
+    checkpoints: Any, params: Any, resume: Any, interval: Any, updates_per_row: Any
+) -> None:
+    """Refuses wrong arguments before anything is compiled."""
+    if updates_per_row is not None:
+        check_int("updates_per_row", updates_per_row, 1)
     if not isinstance(interval, int | float) or not interval > 0:
         raise ValueError(f"interval must be a number of seconds > 0, got {interval!r}; use 0.5.")
     if checkpoints is not None and not isinstance(checkpoints, CheckpointFolder):
@@ -178,21 +207,10 @@ def _check_arguments(checkpoints: Any, resume: Any, interval: Any) -> None:
         raise TypeError(
             f"resume must be an a3c_jax.Checkpoint, got {resume!r}; give a3c_jax.find_checkpoint(folder)."
         )
-
-
-def _start(
-    program: Program, params: Any, resume: Checkpoint | None, updates_per_row: int | None
-) -> Run:
-    """A run at its start, or where the checkpoint left it."""
     if params is not None and resume is not None:
         raise ValueError(
             "params must not be given with resume, whose checkpoint holds the parameters; leave one of them out."
         )
-    run = Run(program, params, updates_per_row)
-    if resume is not None:
-        run.restore(resume)
-        warn_if_different(resume.versions)
-    return run
 
 
 def _make_threads(run: Run, steps: list[Step] | None, stopping: threading.Event) -> WorkerThreads:
