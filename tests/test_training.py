@@ -17,6 +17,7 @@ from a3c_jax import (
     A3CConfig,
     SharedParameters,
     SinkError,
+    TrainingInterrupted,
     _compiled,
     round_robin,
 )
@@ -333,6 +334,18 @@ def test_an_interrupt_carries_the_result_so_far(words):
     assert result.version == len(result.schedule.worker)
     assert sink.closed
     assert not live_workers()
+
+
+@pytest.mark.parametrize("interval", [0.001, 1e6])
+def test_an_interrupt_at_every_row_carries_the_result_all_the_same(interval):
+    def interrupt(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(TrainingInterrupted) as caught:
+        a3c_jax.train(small(max_steps=400), on_progress=interrupt, interval=interval)
+    result = caught.value.result
+    assert result.version == len(result.schedule.worker) > 0
+    assert result.stop_reason == ("interrupted" if interval < 1 else "max_steps")
 
 
 @pytest.mark.parametrize("interval", [None, "x", 0, -1.0, float("nan")])

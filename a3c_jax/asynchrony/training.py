@@ -172,7 +172,10 @@ def _play(
     if isinstance(error, WorkerError):
         run.explain(error)
     progress.save()
-    progress.show(last=True)
+    try:
+        progress.show(last=True)
+    except BaseException as raised:  # a sink may interrupt at its last row, too
+        error = error or raised
     return error
 
 
