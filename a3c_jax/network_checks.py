@@ -21,6 +21,8 @@ _FEED_FORWARD_METHODS = ("init", "apply")
 _RECURRENT_METHODS = ("init", "apply", "initialize_carry", "act", "value", "unroll")
 _DISTRIBUTION_METHODS = ("sample", "log_prob", "entropy", "mode")
 
+_KEEP_LEADING = "keep the leading dimensions of observations, and flatten only the others"
+
 
 def check_torso(config: A3CConfig, environment: Environment) -> None:
     """Checks that the built-in network can read the observations."""
@@ -59,7 +61,12 @@ def check_network(
         )
     is_recurrent = getattr(network, "is_recurrent", False)
     methods = _RECURRENT_METHODS if is_recurrent else _FEED_FORWARD_METHODS
-    _check_methods("network", network, methods)
+    _check_methods(
+        "network",
+        network,
+        methods,
+        "add what is missing; docs/build-your-own.md shows how to adapt modules of flax.nnx and Equinox",
+    )
     functions = network_functions(network)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -67,11 +74,18 @@ def check_network(
         params = network.init(key, observation)
         carry = functions.initialize_carry(num_envs)
         distribution, _ = functions.act(params, observation, carry)
-        _check_distribution(environment, distribution, num_envs)
+        _check_distribution(environment, network, distribution, num_envs)
         _check_value(functions.value(params, observation, carry), (num_envs,))
         segment = jax.tree.map(lambda x: x[None], observation)
         starts = jnp.zeros((1, num_envs), bool)
-        _, value, _ = functions.unroll(params, segment, carry, starts)
+        try:
+            _, value, _ = functions.unroll(params, segment, carry, starts)
+        except Exception as error:
+            error.add_note(
+                f"It was raised for observations [1, {num_envs}, ...]; those of shape [{num_envs}, ...] had passed. A network "
+                f"is applied to segments as well: {_KEEP_LEADING}."
+            )
+            raise
         _check_value(value, (1, num_envs))
         action = distribution.sample(key)
         _check_action(environment, action, num_envs)
@@ -80,15 +94,23 @@ def check_network(
     return jax.eval_shape(outputs, key, observation)
 
 
-def _check_distribution(environment: Environment, distribution: Any, num_envs: int) -> None:
-    _check_methods("the network's distribution", distribution, _DISTRIBUTION_METHODS)
+def _check_distribution(
+    environment: Environment, network: Any, distribution: Any, num_envs: int
+) -> None:
+    remedy = "add what is missing"
+    if isinstance(distribution, Array):
+        remedy = "return first a distribution, such as a3c_jax.distributions.Categorical(logits), and then the values"
+    _check_methods("the network's distribution", distribution, _DISTRIBUTION_METHODS, remedy)
     name, number = name_of(environment), environment.num_actions
     kind = "continuous" if environment.continuous else "discrete"
     wrong_kinds = (Categorical, MultiCategorical) if environment.continuous else DiagonalGaussian
     if isinstance(distribution, wrong_kinds):
+        remedy = _remedy(
+            network, "continuous", environment.continuous, f"return one over {kind} actions"
+        )
         raise ValueError(
             f"network must give a distribution over the {kind} actions of environment {name!r}, got "
-            f"{type(distribution).__name__}; set the network's continuous to {environment.continuous}."
+            f"{type(distribution).__name__}; {remedy}."
         )
     arrays = {
         "mean": DiagonalGaussian,
@@ -102,16 +124,26 @@ def _check_distribution(environment: Environment, distribution: Any, num_envs: i
     found = getattr(distribution, "num_actions", array.shape[-1])
     expected = [num_envs, int(np.sum(number))]
     if list(array.shape) != expected:
+        has_leading = array.shape[:-1] == (num_envs,)
+        last_layer = f"let its last layer have {expected[-1]} outputs"
+        remedy = (
+            _remedy(network, "num_actions", number, last_layer) if has_leading else _KEEP_LEADING
+        )
         raise ValueError(
             f"network must give a distribution over the {number} actions of environment {name!r}, an array "
-            f"{expected} for {num_envs} observations, got {list(array.shape)}; set the network's num_actions "
-            f"to {number}."
+            f"{expected} for {num_envs} observations, got {list(array.shape)}; {remedy}."
         )
     if found != number:  # as many logits, but of other actions
+        remedy = _remedy(network, "num_actions", number, f"make it over {number}")
         raise ValueError(
             f"network must give a distribution over the {number} actions of environment {name!r}, got a "
-            f"{type(distribution).__name__} over {found}; set the network's num_actions to {number}."
+            f"{type(distribution).__name__} over {found}; {remedy}."
         )
+
+
+def _remedy(network: Any, attribute: str, value: Any, otherwise: str) -> str:
+    """What to do about a network with other actions: set the attribute if it has it, as the built-in ones have."""
+    return f"set the network's {attribute} to {value}" if hasattr(network, attribute) else otherwise
 
 
 def _check_action(environment: Environment, action: Array, num_envs: int) -> None:
@@ -129,19 +161,28 @@ def _check_action(environment: Environment, action: Array, num_envs: int) -> Non
 
 def _check_value(value: Array, expected: tuple[int, ...]) -> None:
     if value.shape != expected:
+        remedy = "squeeze the last dimension of the value's layer"
         raise ValueError(
             f"network must give one value for each observation, an array {list(expected)} for observations "
-            f"{list(expected)}, got {list(value.shape)}; squeeze the last dimension of the value's layer."
+            f"{list(expected)}, got {list(value.shape)}; {remedy if value.shape[:-1] == expected else _KEEP_LEADING}."
         )
 
 
-def _check_methods(what: str, value: Any, names: tuple[str, ...]) -> None:
+def _check_methods(what: str, value: Any, names: tuple[str, ...], remedy: str) -> None:
     missing = [name for name in names if not hasattr(value, name)]
     if missing:
         raise TypeError(
-            f"{what} must have {', '.join(names)}, got {type(value).__name__} without "
-            f"{', '.join(missing)}; add what is missing."
+            f"{what} must have {', '.join(names)}, got {kind_of(value)} without {', '.join(missing)}; {remedy}."
         )
+
+
+def kind_of(value: Any) -> str:
+    """What error messages call a value: its dtype and shape if it is an array, otherwise its type."""
+    if type(value) is tuple:
+        return f"({', '.join(map(kind_of, value))})"
+    if isinstance(value, Array):
+        return f"{value.dtype.name}{list(value.shape)}"
+    return type(value).__name__
 
 
 def name_of(environment: Any) -> str:

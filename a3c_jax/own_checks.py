@@ -15,6 +15,7 @@ from a3c_jax.config import (
     A3CConfig,
     default_of,
 )
+from a3c_jax.network_checks import kind_of
 
 TAKEN = (
     *("seconds", "environment_steps", "episodes", "updates", "steps_per_second", "mean_return"),
@@ -106,10 +107,11 @@ def _with_checked_result(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     def checked(*arguments: Any) -> Any:
         result = loss(*arguments)
-        if not isinstance(result, tuple) or len(result) != 2:
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        if not is_pair or not jax.tree_util.all_leaves(result[:1]):
             raise TypeError(
-                "loss must return a pair (scalar, metrics), got "
-                f"{type(result).__name__}; return an empty dict if there are no metrics."
+                f"loss must return a pair (scalar, metrics), got {kind_of(result)}; return the scalar first, and then a dict "
+                "of metrics, which may be empty."
             )
         value, metrics = result
         if jnp.shape(value) != ():

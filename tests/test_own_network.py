@@ -11,7 +11,7 @@ from probes import Probe
 
 import a3c_jax
 from a3c_jax import A3CConfig
-from a3c_jax.distributions import Categorical
+from a3c_jax.distributions import Categorical, DiagonalGaussian
 from a3c_jax.networks import network_functions
 
 TINY = {"num_workers": 2, "envs_per_worker": 4, "t_max": 4, "max_steps": 320}
@@ -154,3 +154,52 @@ def test_normalisation_needs_parameters_that_are_a_dict():
     assert a3c_jax.train(config, environment=PROBE, network=Functions()).version == 20
     with pytest.raises(TypeError, match="need a network whose parameters are a dict"):
         a3c_jax.build(config, environment=PROBE, network=Equinox())
+
+
+def network_of(output):
+    """A network of dense layers: `output(dense, observation)` says what it gives."""
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, observation):
+            return output(lambda size, x: nn.Dense(size)(x), observation)
+
+    return Network()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda dense, x: (dense(2, x), dense(1, x)[..., 0]), r"got float32\[4, 2\] .*; return first a dis"),
+        (lambda dense, x: (dense(1, x)[..., 0], Categorical(dense(2, x))), r"got float32\[4\] .*; return first"),
+        (lambda dense, x: (Categorical(dense(3, x)), dense(1, x)[..., 0]), "let its last layer have 2 outputs"),
+        (lambda dense, x: (DiagonalGaussian(dense(2, x), jnp.ones(2)), x[..., 0]), "return one over discrete"),
+        (lambda dense, x: (Categorical(dense(2, x.reshape(-1))), x[..., 0]), r"got \[2\]; keep the leading"),
+        (lambda dense, x: (Categorical(dense(2, x)), dense(1, x)), r"got \[4, 1\]; squeeze the last"),
+        (lambda dense, x: (Categorical(dense(2, x)), x.sum()), r"got \[\]; keep the leading dimensions of"),
+    ],
+    ids=["logits", "order", "head", "kind", "flat", "value", "sum"],
+)  # fmt: skip
+def test_the_remedy_is_one_for_a_network_of_one_s_own(output, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        a3c_jax.build(A3CConfig(**TINY), environment=PROBE, network=network_of(output))
+
+
+def test_a_network_that_flattens_segments_is_told_so():
+    def output(dense, observation):
+        flat = observation.reshape(observation.shape[0], -1)
+        return Categorical(dense(2, flat)), flat[:, 0]
+
+    with pytest.raises(Exception, match="shape") as caught:
+        a3c_jax.build(A3CConfig(**TINY), environment=PROBE, network=network_of(output))
+    assert "keep the leading dimensions of observations" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    "network", [eqx.nn.MLP(2, 3, 8, 1, key=jax.random.key(0)), Bridged(nnx.Rngs(0))]
+)
+def test_a_module_that_needs_an_adapter_is_sent_to_the_page_that_has_it(network):
+    with pytest.raises(
+        TypeError, match=r"without init, apply; .*docs/build-your-own\.md shows how"
+    ):
+        a3c_jax.build(A3CConfig(**TINY), environment=PROBE, network=network)
