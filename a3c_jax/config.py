@@ -209,6 +209,14 @@ OPTIMIZER_FIELDS = (
 )  # fmt: skip
 """The fields that describe the optimizer. The worker step does not depend on them."""
 
+OPTIMIZERS_READING = {
+    "adam_epsilon": ("adam",),
+    "momentum": ("momentum",),
+    "rmsprop_decay": ("rmsprop", "shared_rmsprop"),
+    "rmsprop_epsilon": ("rmsprop", "shared_rmsprop"),
+}
+"""The built-in optimizers that read a field, for the fields that not all of them read."""
+
 BUILT_IN_OPTIMIZER_FIELDS = tuple(name for name in OPTIMIZER_FIELDS if name != "learning_rate")
 """Those that only the built-in optimizers read. One of your own may be a function of the learning rate."""
 

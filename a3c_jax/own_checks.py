@@ -12,6 +12,7 @@ from a3c_jax.config import (
     BUILT_IN_OPTIMIZER_FIELDS,
     LOSS_FIELDS,
     OPTIMIZER_FIELDS,
+    OPTIMIZERS_READING,
     A3CConfig,
     default_of,
 )
@@ -80,7 +81,9 @@ def check_loss(config: A3CConfig, loss: Any) -> None:
 def check_settings(
     config: A3CConfig, names: Collection[str], loss: Any = None, optimizer: Any = None
 ) -> None:
-    """Checks that settings of a simulation have an effect beside a loss or an optimizer of one's own.
+    """Checks that settings of a simulation have an effect on its loss and its optimizer.
+
+    The value methods check by themselves that no setting is one of A3C's loss.
 
     Raises:
       ValueError: if one has none.
@@ -94,6 +97,13 @@ def check_settings(
             raise ValueError(
                 f"A3CConfig.{unread[0]} belongs to the built-in {what} and must not be a setting beside {what}=..., which does "
                 "not read it; leave it out."
+            )
+    for name in names:
+        readers = OPTIMIZERS_READING.get(name, (config.optimizer,))
+        if config.optimizer not in readers:
+            raise ValueError(
+                f"A3CConfig.{name} belongs to the optimizer {' and '.join(map(repr, readers))} and must not be a setting beside "
+                f"{config.optimizer!r}, which does not read it; leave it out."
             )
 
 

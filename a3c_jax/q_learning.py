@@ -293,7 +293,7 @@ def _values_of(distribution: Any) -> Array:
 def _check(config: A3CConfig, environment: Environment, target_interval: int) -> None:
     for field in LOSS_FIELDS:
         value, default = getattr(config, field), default_of(field)
-        if value != default:
+        if isinstance(value, jax.core.Tracer) or value != default:  # traced in a simulation
             raise ValueError(
                 f"A3CConfig.{field} belongs to A3C's loss and must stay {default} beside another algorithm, got "
                 f"{value}; leave it out."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -388,6 +389,11 @@ def test_a_schedule_that_cannot_be_is_refused(worker, pulled, message):
 ONE = fixed_delay(0, num_updates=1)
 
 
+def simulate_with(setting, **fields):
+    """One update with a setting."""
+    return make_simulation(config(**fields), 0)(0, {setting: 0.1}, ONE)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -408,6 +414,19 @@ ONE = fixed_delay(0, num_updates=1)
             ),
             ValueError,
             "momentum belongs to the built-in optimizer and must not be a setting",
+        ),
+        *(
+            (
+                functools.partial(simulate_with, setting, **fields),
+                ValueError,
+                f"{setting} belongs to {owner} and must",
+            )
+            for setting, fields, owner in [
+                ("momentum", {"optimizer": "adam"}, "the optimizer 'momentum'"),
+                ("adam_epsilon", {"optimizer": "rmsprop"}, "the optimizer 'adam'"),
+                ("rmsprop_decay", {}, "the optimizer 'rmsprop' and 'shared_rmsprop'"),
+                ("entropy_cost", {"algorithm": "n_step_q"}, "A3C's loss"),
+            ]
         ),
         (lambda: round_robin(0, 5), ValueError, "num_workers must be >= 1, got 0"),
         (lambda: fixed_delay(-1, 5), ValueError, "delay must be >= 0, got -1"),
