@@ -196,6 +196,7 @@ def test_a_run_stops_at_what_is_not_finite_and_names_worker_update_and_losses(tm
     assert {"loss", "critic_loss", "gradient_norm"} <= set(names)
     # The entropy tells where it came from: it knows the observations and not the rewards.
     assert ("entropy" in names) == (where == "observation")
+    assert [name for name in names if "environment" in name] == [f"{where}s of the environment"]
 
     # What there was before it is there, whole and finite.
     result = error.result

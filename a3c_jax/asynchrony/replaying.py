@@ -190,7 +190,7 @@ class _Versions:
 
 def _repeat_update(run: Run, worker: int, pulled_version: int, params: Any) -> Any:
     """Makes one update as a worker thread does, and returns its gradients."""
-    report = None
+    report, state = None, None
     try:
         gradients, state, segment_report = run.program.step(params, run.states[worker])
         report = Report(segment_report)
@@ -198,7 +198,7 @@ def _repeat_update(run: Run, worker: int, pulled_version: int, params: Any) -> A
             run.on_update(update, report)
             run.states[worker] = state
     except Exception as error:
-        failure = WorkerError(worker, error, pulled_version, report)
+        failure = WorkerError(worker, error, pulled_version, report, state)
         run.explain(failure)
         failure.result = run.finish("failed")
         raise failure from error

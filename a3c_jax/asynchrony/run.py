@@ -4,6 +4,7 @@ import functools
 import time
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from a3c_jax import _compiled
@@ -172,10 +173,16 @@ class Run:
         )
 
     def explain(self, error: WorkerError) -> None:
-        """Appends the names of the metrics that are not finite to the message, if a NonFiniteError was the cause."""
+        """Appends what was not finite to the message, if a NonFiniteError was the cause: rewards, observations, metrics."""
         if isinstance(error.__cause__, NonFiniteError) and error.report is not None:
-            metrics = metrics_of(error.report, error.__cause__.metrics)
-            bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+            state, episodes = _compiled.unpack(error.state), error.report.episodes
+            found = {
+                # A sum of rewards is finite only if each of them is.
+                "rewards of the environment": (state.episode_return, episodes and episodes[0]),
+                "observations of the environment": state.observation,
+                **metrics_of(error.report, error.__cause__.metrics),
+            }
+            bad = [name for name, value in found.items() if not _is_finite(value)]
             error.args = (f"{error} Not finite in its segment: {', '.join(bad) or 'nothing'}.",)
 
     def checkpoint(self) -> Checkpoint:
@@ -266,6 +273,10 @@ class Run:
         self._seconds_before = checkpoint.seconds
         self._best = (checkpoint.best_mean_return, best_params)
         self._judge(params)
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
 def _stored_rows(checkpoint: Checkpoint, name: str, log: Log[Any]) -> Any:

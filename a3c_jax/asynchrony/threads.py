@@ -28,6 +28,7 @@ class WorkerError(RuntimeError):
       worker: which worker.
       pulled_version: the version of the parameters that it had pulled; None if it had pulled none.
       report: what its step reported; None if the step itself failed.
+      state: what its step left of its state, likewise.
       result: the result so far, if `a3c_jax.train` or `a3c_jax.replay` raised this.
     """
 
@@ -37,12 +38,14 @@ class WorkerError(RuntimeError):
         error: BaseException,
         pulled_version: int | None = None,
         report: Any = None,
+        state: Any = None,
     ) -> None:
         super().__init__(f"worker {worker} failed with {type(error).__name__}: {error}")
         self.__cause__ = error
         self.worker = worker
         self.pulled_version = pulled_version
         self.report = report
+        self.state = state
         self.result: Any = None
 
 
@@ -161,10 +164,10 @@ class WorkerThreads:
 
     def _work(self, worker: int) -> None:
         """The loop of one worker."""
-        step, version, report = self._steps[worker], None, None
+        step, version, report, state = self._steps[worker], None, None, None
         try:
             while self._may_begin():
-                version, report = None, None
+                version, report, state = None, None, None
                 params, version = self._store.pull(worker)
                 gradients, state, report = step(params, self._states[worker])
                 report = self._read_report(report)
@@ -176,7 +179,7 @@ class WorkerThreads:
             self.stop()
         except BaseException as error:
             with self._lock:
-                self._error = self._error or WorkerError(worker, error, version, report)
+                self._error = self._error or WorkerError(worker, error, version, report, state)
             self.stop()
             self._finished.set()
         finally:
