@@ -4,7 +4,7 @@ import difflib
 from typing import Any
 
 from a3c_jax.gymnasium_environments import make_host_environment
-from a3c_jax.gymnax_environment import GymnaxEnvironment
+from a3c_jax.gymnax_environment import GymnaxEnvironment, check_limit
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.names import import_named, parse_name
 from a3c_jax.protocol import Environment, Transition
@@ -29,6 +29,8 @@ def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
 
     Raises:
       TypeError: if the object lacks a part of both interfaces.
+      ValueError: if its spaces are not supported, or if gymnax's base class does not find in its `default_params` where to
+        cut an episode.
     """
     kind = type(environment).__name__
     if isinstance(environment, str):
@@ -69,7 +71,9 @@ def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
             "vector of them, such as lambda num_envs: gymnasium.make_vec('CartPole-v1', num_envs)."
         )
     params = getattr(environment, "default_params", None)
-    return GymnaxEnvironment(getattr(environment, "name", kind), environment, params, action_bounds)
+    name = getattr(environment, "name", kind)
+    check_limit(name, environment, params)
+    return GymnaxEnvironment(name, environment, params, action_bounds)
 
 
 def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
@@ -92,7 +96,8 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
 
     Raises:
       ValueError: if no such environment is registered (the message names the nearest), if it has no such
-        parameter, or if its spaces are not supported.
+        parameter, if its spaces are not supported, or if gymnax's base class does not
+        find in its `default_params` where to cut an episode.
     """
     if str(name).startswith(("gymnasium:", "ale:")):
         return make_host_environment(name, action_bounds, **params)
@@ -122,6 +127,8 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
     for key, value in changed.items():
         if type(value) is int and isinstance(getattr(defaults, key), float):
             changed[key] = float(value)  # some of gymnax's arithmetic takes no integer there
+    if "max_steps_in_episode" not in changed:
+        check_limit(name, environment, defaults)
     if changed:
         defaults = defaults.replace(**changed)
     if stickiness is not None:

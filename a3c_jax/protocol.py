@@ -4,6 +4,7 @@ A worker plays several copies of an environment side by side, so that every arra
 number of copies.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -65,3 +66,34 @@ class Environment(Protocol):
     def random_action(self, key: Array, num_envs: int) -> Array:
         """Draws actions uniformly. Only `a3c_jax.random_policy` needs it."""
         ...
+
+
+def checked_values(
+    name: str,
+    method: str,
+    names: tuple[str, ...],
+    values: Any,
+    are_in_order: Callable[..., bool] = lambda *_: True,
+) -> Any:
+    """What a method of an environment of one's own has returned, if there are as many values as there should be.
+
+    Args:
+      name: the environment's.
+      method: the method's.
+      names: what it must return, in order; at least two.
+      values: what it returned.
+      are_in_order: whether so many values are in this order, as far as one can see.
+
+    Raises:
+      ValueError: if there are not, or if they are in another order.
+    """
+    found = values if isinstance(values, tuple | list) else [values]
+    if len(found) != len(names) or not are_in_order(*found):
+        kinds = [
+            f"{x.dtype}{[*x.shape]}" if hasattr(x, "dtype") else type(x).__name__ for x in found
+        ]
+        raise ValueError(
+            f"{method} of environment {name!r} must return ({', '.join(names)}) in this order, got "
+            f"({', '.join(kinds)}); correct it."
+        )
+    return values

@@ -59,6 +59,35 @@ def encode(space: Any, observation: Any, xp: Any = jnp) -> Any:
     )
 
 
+def is_like(space: Any, observation: Any) -> bool:
+    """Whether an observation is a dict, a tuple or one array, as its space says."""
+    parts = _parts(space)
+    if parts is None:
+        return hasattr(observation, "dtype")
+    return isinstance(observation, Mapping if isinstance(parts, Mapping) else tuple | list)
+
+
+def check_like(name: str, observation: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
+    """Checks an array of encoded observations.
+
+    Args:
+      name: the environment's name, for the error message.
+      observation: the array.
+      shape: what its shape must be.
+      dtype: what its values are converted to.
+
+    Raises:
+      ValueError: if it has another shape, or if its values do not fit into that dtype.
+    """
+    found = observation.dtype
+    fits = found == dtype or np.can_cast(found, dtype, "same_kind")
+    if observation.shape != shape or not fits:
+        raise ValueError(
+            f"environment {name!r} must show observations like its space in reset and step, {dtype}{[*shape]}, got "
+            f"{found}{[*observation.shape]}; correct its space or its observations."
+        )
+
+
 def of_parts(function: Callable[[Any], Any], space: Any) -> Any:
     """What a function gives for a space; if the space has parts, a dict or tuple of what it gives for each."""
     parts = _parts(space)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from gymnax.environments import spaces
 from gymnax.environments.classic_control.cartpole import CartPole
+from gymnax.environments.environment import Environment, EnvParams
+from gymnax.wrappers.purerl import LogWrapper
 
 from a3c_jax import (
     A3CConfig,
@@ -27,6 +29,15 @@ from a3c_jax import (
 from a3c_jax.blueprint import make_blueprint
 
 TINY = {"num_workers": 2, "envs_per_worker": 2, "t_max": 5, "hidden_sizes": (8,)}
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """`gymnax.register`, for one test."""
+    monkeypatch.setattr(gymnax.registration, "_registry", dict(gymnax.registration._registry))
+    names = list(gymnax.registered_envs)
+    yield gymnax.register
+    gymnax.registered_envs[:] = names
 
 
 @pytest.mark.slow
@@ -149,6 +160,125 @@ def test_what_it_shows_before_the_reset_must_be_told():
         train(A3CConfig(**TINY, max_steps=10), environment=Forgets())
 
 
+# Results and parameters that are not gymnax's.
+
+
+def moved(method, *order, base=corridor.Corridor):
+    """An environment whose method returns its values in another order, or not as many of them."""
+
+    class Moved(base):
+        pass
+
+    def call(self, *arguments):
+        values = getattr(super(Moved, self), method)(*arguments)
+        return tuple(values[k] for k in order) if len(order) > 1 else values[order[0]]
+
+    setattr(Moved, method, call)
+    return Moved()
+
+
+RESET = r"\(observation, state\)"
+STEP_ENV = r"\(observation, state, reward, terminated, info\)"
+STEP = r"\(observation, state, reward, terminated, truncated, info\)"
+
+
+@pytest.mark.parametrize(
+    ("own", "expected", "got"),
+    [
+        (moved("reset_env", 1, 0), RESET, r"\(State, float32\[2, 1\]\)"),
+        (moved("reset_env", 0, 1, 1), RESET, r"\(float32\[2, 1\], State, State\)"),
+        (moved("reset_env", 0), RESET, r"\(float32\[2, 1\]\)"),
+        (moved("step_env", 0, 1, 2, 3, 3, 4), STEP_ENV, r"\(.*, bool\[2\], bool\[2\], dict\)"),
+        (moved("step_env", 0, 1, 2, 3), STEP_ENV, r"\(.*, float32\[2\], bool\[2\]\)"),
+        (moved("step_env", 1, 0, 2, 3, 4), STEP_ENV, r"\(State, float32\[2, 1\], .*\)"),
+        (moved("step_env", 0, 1, 3, 2, 4), STEP_ENV, r"\(.*, bool\[2\], float32\[2\], dict\)"),
+        (moved("step_env", 0, 2, 3, 1, 4), STEP_ENV, r"\(.*, bool\[2\], State, dict\)"),
+        (moved("step", 0, 1, 2, 3, 5, base=Plain), STEP, r"\(.*, float32\[2\], bool\[2\], dict\)"),
+        (moved("step", 0, 1, 3, 2, 4, 5, base=Plain), STEP, r"\(.*, bool\[2\], float32\[2\], .*\)"),
+        (moved("step", 0, 1, 2, 3, 5, 4, base=Plain), STEP, r"\(.*, dict, bool\[2\]\)"),
+        (moved("reset", 0, base=Plain), RESET, r"\(float32\[2, 1\]\)"),
+    ],
+)  # fmt: skip
+def test_values_in_another_order_or_number_are_refused_with_what_came(own, expected, got):
+    message = rf"environment 'Moved' must return {expected} in this order, got {got}; correct"
+    with pytest.raises(ValueError, match=message):
+        make_blueprint(A3CConfig(**TINY), environment=own)
+
+
+def test_flags_of_a_step_that_resets_itself_may_be_numbers():
+    class Numbers(Plain):
+        def step(self, key, state, action, params=None):
+            observation, state, reward, terminated, _, info = super().step(key, state, action)
+            return observation, state, reward, jnp.float32(terminated), 0, info
+
+    make_blueprint(A3CConfig(**TINY), environment=Numbers())
+
+
+class Unlimited(corridor.Corridor):
+    """Inherits gymnax's parameters."""
+
+    default_params = Environment.default_params
+
+
+class NoParams(corridor.Corridor):
+    default_params = None
+
+
+class Once(corridor.Corridor):
+    """Wants episodes of one step."""
+
+    default_params = EnvParams(max_steps_in_episode=1)
+
+
+class Shifted(Plain):
+    def step(self, key, state, action, params=None):
+        return super().step(key, state, action + params.shift)
+
+
+class Scaled(Plain):
+    def observation_space(self, params=None):
+        return spaces.Box(0.0, params.high, (1,))
+
+
+class CutsItself(Unlimited):
+    def is_truncated(self, state, params):
+        return state.time >= 30
+
+
+LIMIT = (
+    r"must have default_params of its own, which say after how many steps an episode is cut, got "
+)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (Unlimited(), LIMIT + r"EnvParams\(max_steps_in_episode=1\) from gymnax, which .* one step; write"),
+        (LogWrapper(Unlimited()), LIMIT + r"EnvParams\(max_steps_in_episode=1\) from gymnax"),
+        (NoParams(), LIMIT + "None; write default_params"),
+        (Shifted(), "with shift, which its step reads, got None; give"),
+        (Scaled(), "with high, which its observation_space reads, got None; give"),
+    ],
+    ids=["inherited", "in a wrapper", "none", "none for step", "none for a space"],
+)  # fmt: skip
+def test_an_environment_without_the_parameters_that_it_needs_is_refused(own, message):
+    with pytest.raises(ValueError, match=message):
+        make_blueprint(A3CConfig(**TINY), environment=own)
+
+
+@pytest.mark.parametrize("own", [Once(), CutsItself()], ids=["one step", "own limit"])
+def test_an_environment_may_choose_its_limit(own):
+    make_blueprint(A3CConfig(**TINY), environment=own)
+
+
+def test_a_name_may_say_the_limit_that_its_environment_leaves_out(registered):
+    registered("Unlimited-v0", Unlimited)
+    assert make("Unlimited-v0?max_steps_in_episode=5").params.max_steps_in_episode == 5
+    for name in ("Unlimited-v0", "Unlimited-v0?sticky_action_prob=0.1"):
+        with pytest.raises(ValueError, match=LIMIT):
+            make(name)
+
+
 def test_what_is_no_environment_is_refused_with_what_it_lacks():
     class Half:
         def reset(self, key, params=None):
@@ -215,16 +345,11 @@ def test_a_step_of_its_own_is_not_bypassed(own):
     assert jax.tree.structure(plain_state) == jax.tree.structure(state)
 
 
-def test_gymnax_registers_names(monkeypatch):
-    monkeypatch.setattr(gymnax.registration, "_registry", dict(gymnax.registration._registry))
-    names = list(gymnax.registered_envs)
-    try:
-        gymnax.register("Doubled-v0", Doubled)
-        assert isinstance(make("Doubled-v0").gymnax, Doubled)
-        blueprint = make_blueprint(A3CConfig(environment="Doubled-v0", **TINY))
-        assert blueprint.environment.name == "Doubled-v0"
-    finally:
-        gymnax.registered_envs[:] = names
+def test_gymnax_registers_names(registered):
+    registered("Doubled-v0", Doubled)
+    assert isinstance(make("Doubled-v0").gymnax, Doubled)
+    blueprint = make_blueprint(A3CConfig(environment="Doubled-v0", **TINY))
+    assert blueprint.environment.name == "Doubled-v0"
 
 
 def test_parameters_follow_a_name():
