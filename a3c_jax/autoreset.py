@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from a3c_jax.protocol import checked_values
+
 _CLOSE_SECONDS = 5.0
 """How long environments in processes may take for the step that they are in when they are closed."""
 
@@ -60,6 +62,7 @@ class VectorPlayer:
       close: what to call in the end instead of the environment's own `close`.
       episodes_per_seed: how many episodes follow one another from one seed, if single environments can be seeded. With
         more than one, how the later ones begin must not depend on what was done in those before.
+      name: what it is called in error messages.
 
     Attributes:
       episode: the number of each environment's running episode, counted from zero, `[N]` int32.
@@ -74,16 +77,18 @@ class VectorPlayer:
         life_loss: bool = False,
         close: Callable[[], Any] | None = None,
         episodes_per_seed: int = 1,
+        name: str = "",
     ) -> None:
-        self._environment = environment
+        self._environment, self._name = environment, name or type(environment).__name__
         self._close = self._close_all if close is None else close
         self._entropy = tuple(int(word) for word in entropy)
-        self._num_envs = int(environment.num_envs)
+        self._num_envs = num_envs = int(environment.num_envs)
+        each = (f"{what}[{num_envs}]" for what in ("reward", "terminated", "truncated"))
+        self._of_step = ("observation", *each, "info")
         self._innermost = innermost = getattr(environment, "unwrapped", environment)
         known = {kind.__name__ for kind in type(innermost).__mro__} & {*_SEEDED_SINGLY}
         self._mode = autoreset_mode(environment)
-        self._takes_list_of_seeds = bool(known)
-        self._is_atari = "AtariVectorEnv" in known
+        self._takes_list_of_seeds, self._is_atari = bool(known), "AtariVectorEnv" in known
         self._episodes_per_seed = episodes_per_seed
         self.can_put_back = bool(known) and (
             self._mode == "Disabled" or (self._mode == "NextStep" and environment is innermost)
@@ -102,21 +107,16 @@ class VectorPlayer:
         if self._takes_list_of_seeds:
             return self._begin(everywhere, episode)
         self.episode = np.array(episode, np.int32)
-        observation, info = self._environment.reset(seed=self._seed(0))
-        self._begin_lives(everywhere, info)
-        return observation
+        return self._call_reset(everywhere, seed=self._seed(0))
 
     def step(self, action: Any) -> Stepped:
         """Applies one action to each environment, and begins the next episode where one has ended."""
-        observation, reward, terminated, truncated, info = self._environment.step(action)
+        values = self._environment.step(action)
+        values = checked_values(self._name, "step", self._of_step, values, self._are_of_step)
+        observation, reward, terminated, truncated, info = values
         # Copies, because the environment may use its arrays again in the reset below.
         reward = np.array(reward, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
-        if not reward.shape == terminated.shape == truncated.shape == self._ended.shape:
-            raise ValueError(
-                f"a vector environment must return a reward, a terminated and a truncated of shape [{self._num_envs}], got "
-                f"{[*reward.shape]}, {[*terminated.shape]} and {[*truncated.shape]}; correct its step."
-            )
         ended, valid, final_observation = terminated | truncated, None, observation
         life_lost = self._count_lives(info, ended) if self._life_loss else None
         if self.marks_beginnings:
@@ -136,6 +136,9 @@ class VectorPlayer:
         return Stepped(
             observation, reward, terminated, truncated, final_observation, valid, life_lost
         )
+
+    def _are_of_step(self, _: Any, reward: Any, terminated: Any, truncated: Any, __: Any) -> bool:
+        return np.shape(reward) == np.shape(terminated) == np.shape(truncated) == self._ended.shape
 
     def put_back(
         self,
@@ -173,11 +176,6 @@ class VectorPlayer:
         if steps and late.any():
             observation = self._begin(late, episode)
         return observation, paid
-
-    def _begin_lives(self, mask: np.ndarray, info: dict[str, Any]) -> None:
-        """Notes how many lives new games begin with: none until their first step, if `reset` does not say."""
-        if self._life_loss:
-            self._lives = np.where(mask, info.get("lives", 0), self._lives)
 
     def _count_lives(self, info: dict[str, Any], ended: np.ndarray) -> np.ndarray:
         """Where there are fewer lives than before."""
@@ -238,8 +236,13 @@ class VectorPlayer:
         # Without a list of seeds the environment goes on with its own generator.
         seeds = self._seeds(mask) if self._takes_list_of_seeds else None
         options = None if mask.all() else {"reset_mask": mask}
-        observation, info = self._environment.reset(seed=seeds, options=options)
-        self._begin_lives(mask, info)
+        return self._call_reset(mask, seed=seeds, options=options)
+
+    def _call_reset(self, mask: np.ndarray, **arguments: Any) -> Any:
+        values = self._environment.reset(**arguments)
+        observation, info = checked_values(self._name, "reset", ("observation", "info"), values)
+        if self._life_loss:  # if it does not say, new games have no lives until their first step
+            self._lives = np.where(mask, info.get("lives", 0), self._lives)
         return observation
 
     def _seeds(self, mask: np.ndarray) -> Any:

@@ -174,7 +174,9 @@ class HostEnvironment:
                     "function if it is an object."
                 )
             words = np.asarray(entropy).ravel().tolist()
-            player = VectorPlayer(made, words, self.life_loss, close, self.episodes_per_seed)
+            player = VectorPlayer(
+                made, words, self.life_loss, close, self.episodes_per_seed, self.name
+            )
             if_it_does_not_fit.pop_all()
         return player
 
@@ -220,12 +222,7 @@ class HostEnvironment:
         example = self.observation_example()
         expected = jax.tree.leaves(example)
         for found, one in zip(jax.tree.leaves(encoded), expected, strict=True):
-            shape = (num_envs, *one.shape)
-            if found.shape != shape or not np.can_cast(found.dtype, one.dtype, "same_kind"):
-                raise ValueError(
-                    f"environment {self.name!r} must show observations like its space, {one.dtype}{[*shape]}, got "
-                    f"{found.dtype}{[*found.shape]}; correct its space or its observations."
-                )
+            spaces.check_like(self.name, found, (num_envs, *one.shape), one.dtype)
         return jax.tree.map(lambda x, one: x.astype(one.dtype, copy=False), encoded, example)
 
     def decode(self, action: np.ndarray) -> Any:

@@ -5,15 +5,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from a3c_jax import rollout
+from a3c_jax import rollout, spaces
 from a3c_jax.autoreset import Stepped
 
 
 class HostSegment:
-    """What a worker plays, step by step, in arrays on the host. They are made anew for each segment."""
+    """What a worker plays, step by step, in arrays on the host. They are made anew for each segment.
 
-    def __init__(self, num_steps: int, state: rollout.RolloutState, marks_beginnings: bool) -> None:
-        num_envs = len(state.episode_return)
+    Args:
+      name: the environment's name, for error messages.
+      num_steps: how many steps it has.
+      state: what it begins with.
+      marks_beginnings: see `a3c_jax.host_environment.HostEnvironment`.
+    """
+
+    def __init__(
+        self, name: str, num_steps: int, state: rollout.RolloutState, marks_beginnings: bool
+    ) -> None:
+        self._name, num_envs = name, len(state.episode_return)
         self.entropy = state.environment.entropy
         self.episode_return = np.array(state.episode_return)
         self.episode_length = np.array(state.episode_length)
@@ -97,16 +106,7 @@ class HostSegment:
             [observation] if is_array else jax.tree.leaves(observation),
             strict=True,
         ):
-            if x.shape != to.shape[1:]:
-                raise ValueError(
-                    f"an environment must show observations of shape {[*to.shape[1:]]} after a step, as after a reset, got "
-                    f"{[*x.shape]}; correct its step."
-                )
-            if x.dtype != to.dtype and not np.can_cast(x.dtype, to.dtype, "same_kind"):
-                raise ValueError(
-                    f"an environment must show observations of {to.dtype} after a step, as its space says, got {x.dtype}; "
-                    "correct its space or its step."
-                )
+            spaces.check_like(self._name, x, to.shape[1:], to.dtype)
             to[self._t] = x
 
     def _tree(self, leaves: list[np.ndarray]) -> Any:

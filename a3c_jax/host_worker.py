@@ -196,7 +196,8 @@ class CompiledHostStep:
 
     def _play(self, live: Live, params: Any, state: Any) -> tuple[Any, Any, SegmentReport]:
         state = self._where_it_stands(live, state)
-        segment = HostSegment(self._t_max, state, self._environment.marks_beginnings)
+        name, marks_beginnings = self._environment.name, self._environment.marks_beginnings
+        segment = HostSegment(name, self._t_max, state, marks_beginnings)
         ended, carry = np.zeros(len(state.episode_return), bool), state.carry
         for t in range(self._t_max):
             action, log_prob, carry = self._act(

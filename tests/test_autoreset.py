@@ -378,7 +378,7 @@ def test_numbers_of_another_shape_are_refused(index):
 
     player = VectorPlayer(Odd(Stairs, N))
     player.begin(np.zeros(N, np.int32))
-    with pytest.raises(ValueError, match=rf"of shape \[{N}\], got .*\[{N}, 1\]"):
+    with pytest.raises(ValueError, match=rf"reward\[{N}\], .*got .*\[{N}, 1\]"):
         player.step(np.zeros(N, np.int64))
 
 

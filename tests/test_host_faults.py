@@ -1,5 +1,6 @@
 """Environments on the host that fail, hang, lie or cannot be made; and what is left when they have."""
 
+import functools
 import gc
 import os
 import resource
@@ -380,6 +381,42 @@ def test_what_is_no_vector_is_refused_before_anything_starts(environment, messag
     with pytest.raises(TypeError, match=message):
         a3c_jax.train(small(), environment=environment)
     assert not live_threads()
+
+
+def wrong(method, change, num_envs):
+    """A vector whose method returns something else."""
+    vector = make_vector("sync", "Disabled", Stairs, num_envs)
+    usual = getattr(vector, method)
+    setattr(vector, method, lambda *arguments, **options: change(*usual(*arguments, **options)))
+    return vector
+
+
+STEP = r"step of environment 'Wrong' must return \(observation, reward\[2\], terminated\[2\], truncated\[2\], info\)"
+RESET = r"reset of environment 'Wrong' must return \(observation, info\)"
+SHOW = (
+    r"environment 'Wrong' must show observations like its space in reset and step, float32\[2, 3\],"
+)
+
+
+@pytest.mark.parametrize("given", ["function", "object"])
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("reset", lambda o, i: o, RESET + r" in this order, got \(float32\[2, 3\]\); correct"),
+        ("reset", lambda o, i: (o[:, :2], i), SHOW + r" got float32\[2, 2\]; correct"),
+        ("step", lambda o, r, t, u, i: (o, r, t | u, i), STEP + r".*, float64\[2\], bool\[2\], dict\); correct"),
+        ("step", lambda o, r, t, u, i: (o, r[:, None], t, u, i), STEP + r".*, float64\[2, 1\], bool"),
+        ("step", lambda o, r, t, u, i: (o, r, t, i, u), STEP + r".*, bool\[2\], dict, bool\[2\]\)"),
+        ("step", lambda o, r, t, u, i: (o[:, :2], r, t, u, i), SHOW + r" got float32\[2, 2\]; correct"),
+        ("step", lambda o, r, t, u, i: (o + 1j, r, t, u, i), SHOW + r" got complex64\[2, 3\]; correct"),
+    ],
+    ids=["no info", "shape after reset", "four", "rewards", "order", "shape after step", "dtype"],
+)  # fmt: skip
+def test_wrong_results_end_a_run_with_the_environment_and_what_came(method, change, message, given):
+    make = functools.partial(wrong, method, change)
+    environment = HostEnvironment("Wrong", make if given == "function" else make(2))
+    with pytest.raises(WorkerError, match="worker 0 failed with ValueError: " + message):
+        train(small(num_workers=1), environment)
 
 
 def test_what_is_refused_is_closed():

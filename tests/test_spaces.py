@@ -417,7 +417,7 @@ def test_observations_of_a_narrower_kind_are_taken_and_others_refused_after_a_st
     assert train(config, environment=environment).version == 1
     monkeypatch.setattr(Other, "then", np.float32([0.75, 2]))
     with pytest.raises(
-        WorkerError, match="must show observations of int32 after a step, .* got float"
+        WorkerError, match="must show observations like its space .* int32.*, got float"
     ):
         train(config, environment=environment)
 
