@@ -1,11 +1,15 @@
 """Environments by name, and objects with gymnax's or Gymnasium's interface, in one small batched protocol."""
 
 import difflib
+import numbers
 from typing import Any
+
+import jax
+import numpy as np
 
 from a3c_jax.gymnasium_environments import make_host_environment
 from a3c_jax.gymnax_environment import GymnaxEnvironment, check_limit
-from a3c_jax.host_environment import HostEnvironment
+from a3c_jax.host_environment import HostEnvironment, check_option
 from a3c_jax.names import import_named, parse_name
 from a3c_jax.protocol import Environment, Transition
 
@@ -15,6 +19,7 @@ __all__ = ["Environment", "GymnaxEnvironment", "HostEnvironment", "Transition", 
 
 _VARIANTS = {"CartPole-v0": ("CartPole-v1", {"max_steps_in_episode": 200})}
 
+_NUMBERS = (numbers.Number, np.generic, np.ndarray, jax.Array)
 _PROTOCOL = ("num_actions", "continuous", "observation_shape", "reset", "step")
 _INTERFACE = ("reset", "step", "observation_space", "action_space")
 
@@ -96,7 +101,7 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
 
     Raises:
       ValueError: if no such environment is registered (the message names the nearest), if it has no such
-        parameter, if its spaces are not supported, or if gymnax's base class does not
+        parameter or the value is of another kind, if its spaces are not supported, or if gymnax's base class does not
         find in its `default_params` where to cut an episode.
     """
     if str(name).startswith(("gymnasium:", "ale:")):
@@ -125,7 +130,10 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
         ) from error
     changed = variant | {k: v for k, v in params.items() if k in fields}
     for key, value in changed.items():
-        if type(value) is int and isinstance(getattr(defaults, key), float):
+        default = getattr(defaults, key)
+        if isinstance(default, int | float):
+            _check_number(str(name), key, value)
+        if type(value) is int and isinstance(default, float):
             changed[key] = float(value)  # some of gymnax's arithmetic takes no integer there
     if "max_steps_in_episode" not in changed:
         check_limit(name, environment, defaults)
@@ -134,6 +142,16 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
     if stickiness is not None:
         environment = _sticky(environment, stickiness)
     return GymnaxEnvironment(str(name), environment, defaults, action_bounds)
+
+
+def _check_number(name: str, key: str, value: Any) -> None:
+    """Refuses a parameter that is no number where its default is one."""
+    is_number = isinstance(value, _NUMBERS)
+    if key == "max_steps_in_episode":
+        is_right = is_number and value >= 1 and value % 1 == 0
+        check_option(name, key, value, is_right, "a positive integer")
+    else:
+        check_option(name, key, value, is_number, "a number")
 
 
 def _sticky(environment: Any, probability: Any) -> Any:

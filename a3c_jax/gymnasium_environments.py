@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import numbers
 from typing import Any
 
 from a3c_jax.host_environment import HostEnvironment, check_option
@@ -90,6 +91,10 @@ def _make_vector(base: str, params: dict[str, Any], num_envs: int) -> Any:
     if mode == "vector_entry_point" or (mode is None and spec.vector_entry_point):
         # ale-py's clips rewards if it is not told otherwise.
         unclipped = {"reward_clipping": False} if spec.namespace == "ALE" else {}
+        # Its own class seldom checks this, as gymnasium does for single environments.
+        steps = options.get("max_episode_steps", 1)
+        if not isinstance(steps, numbers.Integral) or steps < 1:
+            raise ValueError(f"max_episode_steps must be a positive integer, got {steps!r}")
         return gymnasium.make_vec(base, num_envs, **unclipped | options)
     kwargs = {"autoreset_mode": AutoresetMode.DISABLED} | options.pop("vector_kwargs", {})
     return gymnasium.make_vec(base, num_envs, vector_kwargs=kwargs, **options)

@@ -65,6 +65,9 @@ def test_parameters_reach_the_environment():
         ("cartpole-v1", r"did you mean gymnasium:CartPole-v1"),
         ("CartPole-v7", r"version `v7` for environment `CartPole` doesn't exist"),
         ("CartPole-v1?wheels=3", r"unexpected keyword argument 'wheels'"),
+        ("CartPole-v1?max_episode_steps='a'", r"max_episode_steps must be a positive int.*got 'a'"),
+        ("CartPole-v1?max_episode_steps=-1", r"max_episode_steps must be a positive int.*got -1"),
+        ("Acrobot-v1?max_episode_steps=0", r"cannot be made .* `max_episode_steps` to be positive"),
         ("CartPole-v1?vectorization_mode='odd'", r"cannot be made .*vectorization mode: 'odd'"),
         (
             "CartPole-v1?wheels=round",

@@ -370,6 +370,12 @@ def test_parameters_follow_a_name():
         ),
         ("CartPole-v1?gravity=heavy", r"must be numbers, or words in quotes, as in"),
         ("CartPole-v1?gravity", r"must be numbers, or words in quotes, as in"),
+        ("CartPole-v1?gravity='x'", r"gravity of environment .* must be a number, got 'x'; leave"),
+        ("CartPole-v1?gravity=(1,2)", r"gravity of .* must be a number, got \(1, 2\); leave"),
+        ("CartPole-v1?max_steps_in_episode='x'", r"must be a positive integer, got 'x'; leave"),
+        ("CartPole-v0?max_steps_in_episode=0", r"must be a positive integer, got 0; leave"),
+        ("CartPole-v1?max_steps_in_episode=2.5", r"must be a positive integer, got 2.5; leave"),
+        ("BernoulliBandit-misc?max_steps_in_episode=-5", r"must be a positive integer, got -5; le"),
         ("CartPol-v1?gravity=3", r"got 'CartPol-v1\?gravity=3'; did you mean .*CartPole-v1"),
     ],
 )
