@@ -57,8 +57,8 @@ def check_environment_resets(environment: Environment, action: jax.ShapeDtypeStr
         name = getattr(environment, "name", type(environment).__name__)
         raise ValueError(
             f"environment {name!r} must reset itself in step when an episode has ended, and return the next "
-            "episode's first observation and state, got the observation before the reset; return those of "
-            "reset there, and the other as final_observation (README.md has an example)."
+            "episode's first observation and state, got the observation before the reset; return those of reset there, "
+            "and the other as final_observation, or derive its class from gymnax's, which does so."
         )
     # An object that allows no weak references is played again next time.
     with contextlib.suppress(TypeError):
