@@ -35,6 +35,7 @@ A worker is a pure function; asynchrony is a thin shell around it. The package h
 | `host_segment`        | a segment in environments on the host, while it is played                     |
 | `host_worker`         | the worker's step in environments on the host                                 |
 | `optimizers`          | optimizers by name, and one update as a pure function                         |
+| `gymnax_checks`       | environments of your own in gymnax's form that cannot be played, refused      |
 | `reset_check`         | whether an environment begins anew when an episode has ended                  |
 | `network_checks`      | networks that do not fit their environment, refused                           |
 | `checks`              | set-ups that would train without learning, refused                            |
@@ -122,7 +123,7 @@ _NAMES = {
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = [
     "action_values", "algorithm", "algorithms", "asynchrony", "autoreset", "blueprint", "cells", "checks",
-    "config", "distributions", "environments", "gymnasium_environments", "gymnax_environment", "host_environment",
+    "config", "distributions", "environments", "gymnasium_environments", "gymnax_checks", "gymnax_environment", "host_environment",
     "host_segment", "host_state", "host_worker", "losses", "names", "network_checks", "networks", "normalization",
     "optimizers", "over_leaves", "own_checks", "protocol", "q_learning", "reset_check", "rollout", "rules",
     "spaces", "torsos", "value_losses", "worker",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from a3c_jax.config import A3CConfig, default_of
+from a3c_jax.gymnax_checks import check_gymnax
 from a3c_jax.gymnax_environment import GymnaxEnvironment
 from a3c_jax.host_environment import HostEnvironment
 from a3c_jax.network_checks import check_network, check_torso, name_of
@@ -56,6 +57,8 @@ def check_setup(
     if network_given:
         _check_network_options(config, network)
     _check_num_actions(environment)
+    if isinstance(environment, GymnaxEnvironment):
+        check_gymnax(environment)
     num_envs = config.envs_per_worker
     key = jax.eval_shape(lambda: jax.random.key(0))
     observation, state = jax.eval_shape(lambda key: environment.reset(key, num_envs), key)

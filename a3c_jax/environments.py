@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from a3c_jax.gymnasium_environments import make_host_environment
-from a3c_jax.gymnax_environment import GymnaxEnvironment, check_limit
+from a3c_jax.gymnax_environment import GymnaxEnvironment
 from a3c_jax.host_environment import HostEnvironment, check_option
 from a3c_jax.names import import_named, parse_name
 from a3c_jax.protocol import Environment, Transition
@@ -76,9 +76,7 @@ def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
             "vector of them, such as lambda num_envs: gymnasium.make_vec('CartPole-v1', num_envs)."
         )
     params = getattr(environment, "default_params", None)
-    name = getattr(environment, "name", kind)
-    check_limit(name, environment, params)
-    return GymnaxEnvironment(name, environment, params, action_bounds)
+    return GymnaxEnvironment(getattr(environment, "name", kind), environment, params, action_bounds)
 
 
 def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
@@ -135,8 +133,6 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
             _check_number(str(name), key, value)
         if type(value) is int and isinstance(default, float):
             changed[key] = float(value)  # some of gymnax's arithmetic takes no integer there
-    if "max_steps_in_episode" not in changed:
-        check_limit(name, environment, defaults)
     if changed:
         defaults = defaults.replace(**changed)
     if stickiness is not None:

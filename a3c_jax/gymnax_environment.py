@@ -1,29 +1,19 @@
 """gymnax's environments, and those with gymnax's interface, in the package's batched protocol."""
 
-import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from a3c_jax import _compiled, spaces
-from a3c_jax.protocol import Transition, checked_values
+from a3c_jax.protocol import Transition
 
 _compiled.prepare_process()  # before gymnax, which starts JAX's backend when it is imported
 _compiled.import_gymnax()
 
 from gymnax.environments.environment import Environment as GymnaxBase  # noqa: E402
-from gymnax.environments.environment import EnvParams  # noqa: E402
 
 Array = jax.Array
-
-_RETURNS = {
-    "reset": ("observation", "state"),
-    "reset_env": ("observation", "state"),
-    "step": ("observation", "state", "reward", "terminated", "truncated", "info"),
-    "step_env": ("observation", "state", "reward", "terminated", "info"),
-}
 
 
 class GymnaxEnvironment:
@@ -64,12 +54,12 @@ class GymnaxEnvironment:
         self.gymnax = environment
         self.params = params
         self.action_bounds = action_bounds
-        self.observation_space = self._call("observation_space")
+        self.observation_space = environment.observation_space(params)
         self.observation_shape = spaces.observation_shape(name, self.observation_space)
-        self._actions = self._call("action_space")
+        self._actions = environment.action_space(params)
         self.continuous = hasattr(self._actions, "low")
         self.num_actions = spaces.num_actions(name, self._actions)
-        self.resets_in_gymnax = _resets_in_gymnax(environment)
+        self.resets_in_gymnax = resets_in_gymnax(environment)
 
     def __repr__(self) -> str:
         return f"GymnaxEnvironment({self.name!r})"
@@ -82,17 +72,20 @@ class GymnaxEnvironment:
     def raw_reset(self, key: Array, num_envs: int) -> tuple[Any, Any]:
         """Like `reset`, but with the observations as the environment itself shows them."""
         keys = jax.random.split(key, num_envs)
-        return self._call_each("reset_env" if self.resets_in_gymnax else "reset", keys)
+        reset = self.gymnax.reset_env if self.resets_in_gymnax else self.gymnax.reset
+        return jax.vmap(reset, (0, None))(keys, self.params)
 
     def step(self, key: Array, state: Any, action: Array) -> Transition:
         """See `a3c_jax.environments.Environment`."""
-        num_envs = action.shape[0]
-        if self.continuous:
-            action = spaces.fit(self._actions, action, self.action_bounds)
-        else:
-            action = spaces.decode(self._actions, action)
+        keys = jax.random.split(key, action.shape[0])
         step = self._step_in_parts if self.resets_in_gymnax else self._step_whole
-        return step(jax.random.split(key, num_envs), state, action)
+        return step(keys, state, self.own_action(action))
+
+    def own_action(self, action: Array) -> Any:
+        """Actions of a policy, `[N]` or `[N, D]`, as the environment itself takes them."""
+        if self.continuous:
+            return spaces.fit(self._actions, action, self.action_bounds)
+        return spaces.decode(self._actions, action)
 
     def random_action(self, key: Array, num_envs: int) -> Array:
         """See `a3c_jax.environments.Environment`."""
@@ -100,16 +93,17 @@ class GymnaxEnvironment:
 
     def _step_in_parts(self, keys: Array, state: Any, action: Any) -> Transition:
         keys = jax.vmap(jax.random.split)(keys)
-        final_observation, next_state, reward, terminated, _ = self._call_each(
-            "step_env", keys[:, 0], state, action
-        )
-        truncated = jax.vmap(functools.partial(self._call, "is_truncated"))(next_state)
+        final_observation, next_state, reward, terminated, _ = jax.vmap(
+            self.gymnax.step_env, (0, 0, 0, None)
+        )(keys[:, 0], state, action, self.params)
+        truncated = jax.vmap(self.gymnax.is_truncated, (0, None))(next_state, self.params)
         done = terminated | truncated
 
         def reset() -> tuple[Any, Any]:
+            fresh = jax.vmap(self.gymnax.reset_env, (0, None))(keys[:, 1], self.params)
             return jax.tree.map(
                 lambda new, old: jnp.where(_expand(done, old.ndim), new, old).astype(old.dtype),
-                self._call_each("reset_env", keys[:, 1]),
+                fresh,
                 (final_observation, next_state),
             )
 
@@ -126,9 +120,9 @@ class GymnaxEnvironment:
         )
 
     def _step_whole(self, keys: Array, state: Any, action: Any) -> Transition:
-        observation, state, reward, terminated, truncated, info = self._call_each(
-            "step", keys, state, action
-        )
+        observation, state, reward, terminated, truncated, info = jax.vmap(
+            self.gymnax.step, (0, 0, 0, None)
+        )(keys, state, action, self.params)
         if "final_observation" not in info:
             raise ValueError(
                 f"environment {self.name!r} must return the observation before the reset as "
@@ -146,61 +140,9 @@ class GymnaxEnvironment:
     def _encode(self, observation: Any) -> Any:
         return spaces.encode(self.observation_space, observation)
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        """Calls a method of the environment. It takes the params last."""
-        try:
-            return getattr(self.gymnax, method)(*arguments, self.params)
-        except AttributeError as error:
-            if self.params is None and error.obj is None and error.name:
-                raise ValueError(
-                    f"environment {self.name!r} must have default_params with {error.name}, which its {method} reads, "
-                    "got None; give its class some."
-                ) from error
-            raise
 
-    def _call_each(self, method: str, *arguments: Any) -> Any:
-        """Calls a method for each of the environments, and checks as far as possible that its values are in order."""
-        values = jax.vmap(functools.partial(self._call, method))(*arguments)
-        return checked_values(self.name, method, _RETURNS[method], values, self._are_in_order)
-
-    def _are_in_order(self, observation: Any, _: Any, *rest: Any) -> bool:
-        if not spaces.is_like(self.observation_space, observation):
-            return False
-        if not rest:  # of a reset
-            return True
-        reward, *flags, info = rest
-        if not all(hasattr(x, "dtype") for x in (reward, *flags)):
-            return False
-        resets_itself = len(flags) == 2
-        if resets_itself and not isinstance(info, Mapping):
-            return False
-        # Such a step may also return flags that are numbers, unless they have changed places with the reward.
-        return (resets_itself and reward.dtype != bool) or all(flag.dtype == bool for flag in flags)
-
-
-def check_limit(name: str, environment: Any, params: Any) -> None:
-    """Refuses params that do not say where gymnax's base class should cut an episode.
-
-    A class without `default_params` inherits gymnax's, which cut every episode after one step.
-
-    Raises:
-      ValueError: if they do not.
-    """
-    while not isinstance(environment, GymnaxBase) and hasattr(environment, "_env"):
-        environment = environment._env  # what a wrapper of gymnax wraps
-    kind = type(environment)
-    is_cut = _resets_in_gymnax(environment) and kind.is_truncated is GymnaxBase.is_truncated
-    inherited = getattr(kind, "default_params", None) is GymnaxBase.default_params
-    is_gymnax_own = inherited and params == EnvParams()
-    if is_cut and (is_gymnax_own or not hasattr(params, "max_steps_in_episode")):
-        raise ValueError(
-            f"environment {name!r} must have default_params of its own, which say after how many steps an episode is cut, "
-            f"got {params}{' from gymnax, which cuts each after one step' if is_gymnax_own else ''}; write default_params = "
-            "EnvParams(max_steps_in_episode=500) into its class, or another number."
-        )
-
-
-def _resets_in_gymnax(environment: Any) -> bool:
+def resets_in_gymnax(environment: Any) -> bool:
+    """Whether gymnax's base class starts the next episode of an environment when one has ended."""
     kind = type(environment)  # a wrapper has the parts too, but they are those of what it wraps
     is_base = isinstance(environment, GymnaxBase)
     return is_base and (kind.step, kind.reset) == (GymnaxBase.step, GymnaxBase.reset)
