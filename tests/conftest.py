@@ -1,5 +1,6 @@
 """Shared set-up: what the tests compile is kept for the next test and the next session, until `--cache-clear`."""
 
+import gc
 import os
 import signal
 import sys
@@ -20,6 +21,9 @@ def pytest_configure(config):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+    # Each process comes to hold gigabytes of compiled programs, which the garbage collector would go over and over again.
+    gc.set_threshold(100_000, 50, 100)
 
     import a3c_jax.environments  # noqa: F401
 

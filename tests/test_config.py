@@ -132,7 +132,6 @@ def test_a_value_of_the_wrong_type_raises_type_error_with_a_remedy(field, value)
         ("algorithm", print, "use a name, or pass the object to train(..., algorithm=...)"),
         ("torso", object(), "use 'auto'"),
     ],
-    ids=str,
 )
 def test_the_remedy_fits_the_value(field, value, remedy):
     with pytest.raises(TypeError, match=re.escape(f"got {value!r}; {remedy}.") + "$"):
