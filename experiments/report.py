@@ -200,9 +200,9 @@ def print_evaluation(evaluations: Evaluations) -> None:
     """Prints a table with a row for each policy."""
     columns = ("mean", "std", "min", "max")
     digits = decimals([e[of] for e in evaluations.values() for of in columns])
-    print("  evaluation  " + "".join(f"{of:>8}" for of in columns))
+    print("  evaluation   " + "".join(f"{of:>8}" for of in columns))
     for label, e in evaluations.items():
-        print(f"  {label:<12}" + "".join(f"{e[of]:>8.{digits}f}" for of in columns))
+        print(f"  {label:<13}" + "".join(f"{e[of]:>8.{digits}f}" for of in columns))
 
 
 def _draw(
