@@ -34,8 +34,7 @@ def adapt(environment: Any, action_bounds: str = "clip") -> Environment:
 
     Raises:
       TypeError: if the object lacks a part of both interfaces.
-      ValueError: if its spaces are not supported, or if gymnax's base class does not find in its `default_params` where to
-        cut an episode.
+      ValueError: if its spaces are not supported.
     """
     kind = type(environment).__name__
     if isinstance(environment, str):
@@ -99,8 +98,7 @@ def make(name: str, *, action_bounds: str = "clip", **params: Any) -> Any:
 
     Raises:
       ValueError: if no such environment is registered (the message names the nearest), if it has no such
-        parameter or the value is of another kind, if its spaces are not supported, or if gymnax's base class does not
-        find in its `default_params` where to cut an episode.
+        parameter or the value is of another kind, or if its spaces are not supported.
     """
     if str(name).startswith(("gymnasium:", "ale:")):
         return make_host_environment(name, action_bounds, **params)

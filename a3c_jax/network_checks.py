@@ -12,7 +12,7 @@ from a3c_jax.config import A3CConfig
 from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorical
 from a3c_jax.networks import network_functions
 from a3c_jax.normalization import is_shape
-from a3c_jax.protocol import Environment
+from a3c_jax.protocol import Environment, kind_of
 from a3c_jax.torsos import SMALLEST_FRAME, frames_first
 
 Array = jax.Array
@@ -174,15 +174,6 @@ def _check_methods(what: str, value: Any, names: tuple[str, ...], remedy: str) -
         raise TypeError(
             f"{what} must have {', '.join(names)}, got {kind_of(value)} without {', '.join(missing)}; {remedy}."
         )
-
-
-def kind_of(value: Any) -> str:
-    """What error messages call a value: its dtype and shape if it is an array, otherwise its type."""
-    if type(value) is tuple:
-        return f"({', '.join(map(kind_of, value))})"
-    if isinstance(value, Array):
-        return f"{value.dtype.name}{list(value.shape)}"
-    return type(value).__name__
 
 
 def name_of(environment: Any) -> str:

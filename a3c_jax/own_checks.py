@@ -16,7 +16,7 @@ from a3c_jax.config import (
     A3CConfig,
     default_of,
 )
-from a3c_jax.network_checks import kind_of
+from a3c_jax.protocol import kind_of
 
 TAKEN = (
     *("seconds", "environment_steps", "episodes", "updates", "steps_per_second", "mean_return"),

@@ -89,11 +89,15 @@ def checked_values(
     """
     found = values if isinstance(values, tuple | list) else [values]
     if len(found) != len(names) or not are_in_order(*found):
-        kinds = [
-            f"{x.dtype}{[*x.shape]}" if hasattr(x, "dtype") else type(x).__name__ for x in found
-        ]
         raise ValueError(
             f"{method} of environment {name!r} must return ({', '.join(names)}) in this order, got "
-            f"({', '.join(kinds)}); correct it."
+            f"({', '.join(map(kind_of, found))}); correct it."
         )
     return values
+
+
+def kind_of(value: Any) -> str:
+    """What error messages call a value: its dtype and shape if it is an array, otherwise its type."""
+    if type(value) is tuple:
+        return f"({', '.join(map(kind_of, value))})"
+    return f"{value.dtype}{[*value.shape]}" if hasattr(value, "dtype") else type(value).__name__

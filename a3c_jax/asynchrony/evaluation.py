@@ -12,6 +12,7 @@ import numpy as np
 from a3c_jax.asynchrony.signals import raise_noted
 from a3c_jax.environments import Environment
 from a3c_jax.host_environment import HostEnvironment
+from a3c_jax.network_checks import name_of
 from a3c_jax.networks import network_functions
 
 Array = jax.Array
@@ -161,7 +162,7 @@ def _run_episodes(
     while now.running.any():
         raise_noted()
         if last == _MANY_STEPS:
-            _warn_of_long_episodes(environment.name)
+            _warn_of_long_episodes(environment)
         last += _STEPS_AT_A_TIME
         now = _go_on(policy, environment, params, now, last)
     return Evaluation(np.asarray(now.returns), np.asarray(now.lengths))
@@ -211,10 +212,10 @@ def _go_on(
     return jax.lax.while_loop(goes_on, step, start)
 
 
-def _warn_of_long_episodes(name: str) -> None:
+def _warn_of_long_episodes(environment: Any) -> None:
     warnings.warn(
-        f"after {_MANY_STEPS:,} steps of an evaluation some episodes of environment {name!r} have not ended; if they "
-        "never do, give it a time limit, as by gymnasium's max_episode_steps or gymnax's max_steps_in_episode.",
+        f"after {_MANY_STEPS:,} steps of an evaluation some episodes of environment {name_of(environment)!r} have not ended; "
+        "if they never do, give it a time limit, as by gymnasium's max_episode_steps or gymnax's max_steps_in_episode.",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -247,5 +248,5 @@ def _run_episodes_on_host(
                 running &= ~(stepped.terminated | stepped.truncated)
                 observation, step = environment.encode(stepped.observation), step + 1
                 if step == _MANY_STEPS and running.any():
-                    _warn_of_long_episodes(environment.name)
+                    _warn_of_long_episodes(environment)
     return Evaluation(returns[:num_episodes], lengths[:num_episodes])
