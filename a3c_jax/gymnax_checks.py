@@ -1,6 +1,7 @@
 """Refuses environments of your own in gymnax's form that cannot be played as they are. It is found by tracing alone."""
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,18 +53,28 @@ def check_gymnax(environment: GymnaxEnvironment) -> None:
 def _check_limit(name: str, own: Any, params: Any) -> None:
     """Refuses params that do not say where gymnax's base class should cut an episode.
 
-    A class without `default_params` inherits gymnax's, which cut every episode after one step.
+    A class without `default_params` inherits gymnax's, which cut every episode after one step. Parameters of one's own that
+    are built on gymnax's inherit its limit.
     """
     kind = type(own)
     is_cut = resets_in_gymnax(own) and kind.is_truncated is GymnaxBase.is_truncated
-    inherited = getattr(kind, "default_params", None) is GymnaxBase.default_params
-    is_gymnax_own = inherited and params == EnvParams()
+    is_gymnax_own = _has_gymnax_limit(kind, params)
     if is_cut and (is_gymnax_own or not hasattr(params, "max_steps_in_episode")):
         raise ValueError(
             f"environment {name!r} must have default_params of its own, which say after how many steps an episode is cut, "
             f"got {params}{' from gymnax, which cuts each after one step' if is_gymnax_own else ''}; write default_params = "
             "EnvParams(max_steps_in_episode=500) into its class, or another number."
         )
+
+
+def _has_gymnax_limit(kind: type, params: Any) -> bool:
+    if getattr(kind, "default_params", None) is GymnaxBase.default_params:
+        return params == EnvParams()
+    named_by = (
+        c for c in type(params).__mro__ if "max_steps_in_episode" in inspect.get_annotations(c)
+    )
+    is_inherited = type(params) is not EnvParams and next(named_by, None) is EnvParams
+    return is_inherited and params.max_steps_in_episode == EnvParams().max_steps_in_episode
 
 
 def _are_in_order(space: Any, observation: Any, _: Any, *rest: Any) -> bool:

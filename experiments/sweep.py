@@ -157,7 +157,8 @@ def _folder(parsed: Arguments) -> Path:
       OSError: if the folder to go on with holds no sweep, or if the one wanted holds something else.
     """
     if parsed.resume is not None:
-        if read_json(parsed.resume / "sweep.json") is None:
+        asked = read_json(parsed.resume / "sweep.json")
+        if asked is None or not asked.keys() >= {"example", "seeds", "first_seed", "grid"}:
             raise FileNotFoundError(
                 f"resume must be the folder of a sweep, got {parsed.resume}, which has no sweep.json that can be read; "
                 "give a folder that python -m experiments.sweep has made."

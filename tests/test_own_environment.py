@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from gymnax.environments import spaces
 from gymnax.environments.classic_control.cartpole import CartPole
 from gymnax.environments.environment import Environment, EnvParams
@@ -224,6 +225,21 @@ class NoParams(corridor.Corridor):
     default_params = None
 
 
+@struct.dataclass
+class Longer(EnvParams):
+    length: int = 6
+
+
+class Forgets(corridor.Corridor):
+    """Has parameters of its own, which do not say the limit."""
+
+    default_params = Longer()
+
+
+class Remembers(corridor.Corridor):
+    default_params = Longer(max_steps_in_episode=9)
+
+
 class Once(corridor.Corridor):
     """Wants episodes of one step."""
 
@@ -245,16 +261,19 @@ LIMIT = (
     [
         (Unlimited(), LIMIT + r"EnvParams\(max_steps_in_episode=1\) from gymnax, which .* one step; write"),
         (LogWrapper(Unlimited()), LIMIT + r"EnvParams\(max_steps_in_episode=1\) from gymnax"),
+        (Forgets(), LIMIT + r"Longer\(max_steps_in_episode=1, length=6\) from gymnax"),
         (NoParams(), LIMIT + "None; write default_params"),
     ],
-    ids=["inherited", "in a wrapper", "none"],
+    ids=["inherited", "in a wrapper", "in own parameters", "none"],
 )  # fmt: skip
 def test_an_environment_without_the_parameters_that_it_needs_is_refused(own, message):
     with pytest.raises(ValueError, match=message):
         make_blueprint(A3CConfig(**TINY), environment=own)
 
 
-@pytest.mark.parametrize("own", [Once(), CutsItself()], ids=["one step", "own limit"])
+@pytest.mark.parametrize(
+    "own", [Once(), Remembers(), CutsItself()], ids=["one step", "own parameters", "own limit"]
+)
 def test_an_environment_may_choose_its_limit(own):
     make_blueprint(A3CConfig(**TINY), environment=own)
 

@@ -94,6 +94,14 @@ def test_bad_input_is_refused_before_anything_starts(tmp_path, capsys, arguments
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_folder_whose_request_is_incomplete_is_no_sweep(tmp_path, capsys):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(SystemExit) as caught:
+        sweep.main(["--resume", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "resume must be the folder of a sweep" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_the_options_begin_with_the_values_of_the_preset():
     values = sweep._parse(["memory:cartpole", "--core", "None", "gru"]).grid
     assert values.environment == ("CartPole-positions",) and values.core_size == (64,)
