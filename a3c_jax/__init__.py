@@ -7,9 +7,10 @@ A worker is a pure function; asynchrony is a thin shell around it. The package h
 
 | module                | what lives there                                                              |
 |-----------------------|-------------------------------------------------------------------------------|
+| `array_checks`        | what losses demand of their arrays: shapes, dtypes, masks                     |
 | `losses`              | n-step returns and advantages; actor, critic and entropy losses               |
-| `value_losses`        | one-step Q-learning and Sarsa, n-step Q-learning                              |
 | `distributions`       | one or several categoricals, and the diagonal Gaussian                        |
+| `value_losses`        | one-step Q-learning and Sarsa, n-step Q-learning                              |
 | `rules`               | what each field of the configuration must be                                  |
 | `config`              | `A3CConfig`, checked when it is made                                          |
 | `names`               | names with parameters, as in `Catch-bsuite?rows=5`                            |
@@ -122,7 +123,7 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = [
-    "action_values", "algorithm", "algorithms", "asynchrony", "autoreset", "blueprint", "cells", "checks",
+    "action_values", "algorithm", "algorithms", "array_checks", "asynchrony", "autoreset", "blueprint", "cells", "checks",
     "config", "distributions", "environments", "gymnasium_environments", "gymnax_checks", "gymnax_environment", "host_environment",
     "host_segment", "host_state", "host_worker", "losses", "names", "network_checks", "networks", "normalization",
     "optimizers", "over_leaves", "own_checks", "protocol", "q_learning", "reset_check", "rollout", "rules",

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from a3c_jax.distributions import at_action
 from a3c_jax.networks import ActorCritic
 
 Array = jax.Array
@@ -18,7 +18,7 @@ Array = jax.Array
 class EpsilonGreedy:
     """The action of the highest value, but with probability epsilon any action, each as likely as the others.
 
-    >>> EpsilonGreedy(jnp.array([1., 3.]), jnp.array(.5)).probabilities()
+    >>> EpsilonGreedy(jnp.array([1., 3.]), jnp.float32(.5)).probabilities()
     Array([0.25, 0.75], dtype=float32)
 
     Attributes:
@@ -41,20 +41,16 @@ class EpsilonGreedy:
         explore_key, action_key = jax.random.split(key)
         batch, num_actions = self.values.shape[:-1], self.values.shape[-1]
         explores = jax.random.uniform(explore_key, batch) < self.epsilon
-        return jnp.where(
-            explores, jax.random.randint(action_key, batch, 0, num_actions), self.mode()
-        )
+        anything = jax.random.randint(action_key, batch, 0, num_actions, jnp.int32)
+        return jnp.where(explores, anything, self.mode())
 
     def log_prob(self, action: Array) -> Array:
-        """The log-probability of `action`, `[...]` int, as `[...]` float in nats.
+        """The log-probability of `action`, `[...]` int, as `[...]` float in nats. One outside `0..A-1` gives NaN.
 
         Raises:
           AssertionError: if the shape is not that of the batch, or the dtype is not of integers.
         """
-        chex.assert_type(action, int)
-        chex.assert_shape(action, self.values.shape[:-1])
-        chosen = action[..., None] == jnp.arange(self.values.shape[-1])
-        return jnp.log(jnp.sum(jnp.where(chosen, self.probabilities(), 0.0), axis=-1))
+        return jnp.log(at_action(self.probabilities(), action))
 
     def entropy(self) -> Array:
         """The entropy, `[...]`, in nats."""

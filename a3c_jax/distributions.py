@@ -16,6 +16,34 @@ import numpy as np
 Array = jax.Array
 
 
+def at_action(values: Array, action: Array) -> Array:
+    """The number that belongs to each action taken, among the numbers of all actions.
+
+    >>> at_action(jnp.array([[1., 2.], [3., 4.]]), jnp.array([1, 0]))
+    Array([2., 3.], dtype=float32)
+
+    It is selected by comparison rather than by indexing: the gradient of an indexed read is a scatter, which XLA:CPU
+    runs element by element.
+
+    Args:
+      values: a number for each action, `[..., A]`, float.
+      action: the actions taken, `[...]`, int.
+
+    Returns:
+      The numbers of the actions taken, `[...]`. An action outside `0..A-1` gives NaN.
+
+    Raises:
+      AssertionError: if the shape of `action` is not that of the batch, or its dtype is not of integers.
+    """
+    action = jnp.asarray(action)
+    chex.assert_type(action, int)
+    chex.assert_shape(action, values.shape[:-1])
+    num_actions = np.int32(values.shape[-1])  # a narrow type of action could not count up to it
+    chosen = action[..., None] == jnp.arange(num_actions)
+    of_chosen = jnp.sum(jnp.where(chosen, values, 0.0), axis=-1)
+    return jnp.where((action >= 0) & (action < num_actions), of_chosen, jnp.nan)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Categorical:
@@ -36,25 +64,17 @@ class Categorical:
 
     def sample(self, key: Array) -> Array:
         """One action for each batch element, `[...]`, int32."""
-        return jax.random.categorical(key, self.logits).astype(jnp.int32)
+        # In half precision the noise that decides is too coarse: rare actions would come too rarely.
+        logits = self.logits.astype(jnp.promote_types(self.logits.dtype, jnp.float32))
+        return jax.random.categorical(key, logits).astype(jnp.int32)
 
     def log_prob(self, action: Array) -> Array:
-        """The log-probability of `action`, `[...]` int, as `[...]` float in nats.
-
-        The action is selected by comparison rather than by indexing: the gradient of an indexed read is
-        a scatter, which XLA:CPU runs element by element. An action outside `0..A-1` gives NaN.
+        """The log-probability of `action`, `[...]` int, as `[...]` float in nats. One outside `0..A-1` gives NaN.
 
         Raises:
           AssertionError: if the shape is not that of the batch, or the dtype is not of integers.
         """
-        action = jnp.asarray(action)
-        chex.assert_type(action, int)
-        chex.assert_shape(action, self.logits.shape[:-1])
-        num_actions = self.logits.shape[-1]
-        action = action.astype(jnp.int32)  # a narrow type could not count up to num_actions
-        chosen = action[..., None] == jnp.arange(num_actions)
-        log_prob = jnp.sum(jnp.where(chosen, self.log_probs(), 0.0), axis=-1)
-        return jnp.where((action >= 0) & (action < num_actions), log_prob, jnp.nan)
+        return at_action(self.log_probs(), action)
 
     def entropy(self) -> Array:
         """The entropy of the whole distribution, `[...]`, in nats, between 0 and log A."""
@@ -95,8 +115,12 @@ class MultiCategorical:
         A component with fewer choices than another is filled up with impossible ones.
 
         Raises:
-          AssertionError: if the number of logits is not the sum of `num_actions`.
+          AssertionError: if the number of logits is not the sum of `num_actions`, or if there is no component.
         """
+        if not self.num_actions:
+            raise AssertionError(
+                "num_actions must have a number for each component, got (); give one or more."
+            )
         chex.assert_axis_dimension(self.logits, -1, sum(self.num_actions))
         parts = jnp.split(self.logits, np.cumsum(self.num_actions)[:-1], axis=-1)
         same = [(0, 0)] * (self.logits.ndim - 1)
@@ -147,8 +171,8 @@ class DiagonalGaussian:
 
     def sample(self, key: Array) -> Array:
         """One action for each batch element, `[..., D]`, not clipped to any bound."""
-        chex.assert_equal_shape([self.mean, self.scale])
-        return self.mean + self.scale * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        mean, scale = self._arrays()
+        return mean + scale * jax.random.normal(key, mean.shape, mean.dtype)
 
     def log_prob(self, action: Array) -> Array:
         """The log-density of `action`, `[..., D]` float, as `[...]` float in nats.
@@ -156,15 +180,22 @@ class DiagonalGaussian:
         Raises:
           AssertionError: if the shapes differ.
         """
-        chex.assert_equal_shape([action, self.mean, self.scale])
-        z = (action - self.mean) / self.scale
-        return jnp.sum(-0.5 * z**2 - jnp.log(self.scale) - 0.5 * math.log(2 * math.pi), axis=-1)
+        mean, scale = self._arrays()
+        action = jnp.asarray(action)
+        chex.assert_equal_shape([action, mean, scale])
+        z = (action - mean) / scale
+        return jnp.sum(-0.5 * z**2 - jnp.log(scale) - 0.5 * math.log(2 * math.pi), axis=-1)
 
     def entropy(self) -> Array:
         """The differential entropy, `[...]`, in nats; it may be negative."""
-        chex.assert_equal_shape([self.mean, self.scale])
-        return jnp.sum(jnp.log(self.scale) + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
+        _, scale = self._arrays()
+        return jnp.sum(jnp.log(scale) + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
 
     def mode(self) -> Array:
         """The mean, `[..., D]`."""
         return self.mean
+
+    def _arrays(self) -> tuple[Array, Array]:
+        mean, scale = jnp.asarray(self.mean), jnp.asarray(self.scale)
+        chex.assert_equal_shape([mean, scale])
+        return mean, scale

@@ -19,40 +19,13 @@ Three rules hold throughout.
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from a3c_jax.array_checks import as_floats, as_valid_floats, check_mask, check_scalars
+
 Array = jax.Array
 Metrics: TypeAlias = dict[str, Array]
-
-
-def _as_floats(**arrays: Any) -> list[Array]:
-    """Arrays as JAX's; an AssertionError unless all have one shape `[T, ...]` and one floating-point dtype."""
-    values = [jnp.asarray(x) for x in arrays.values()]
-    names = " and ".join(arrays)
-    pairs = zip(arrays.items(), values, strict=True)
-    found = ", ".join(f"{n}: {v.shape} {getattr(x, 'dtype', v.dtype)}" for (n, x), v in pairs)
-    try:
-        chex.assert_equal_shape(values)
-    except AssertionError as error:
-        raise AssertionError(
-            f"{names} must be float arrays of one shape [T, ...], got {found}; nothing is broadcast, "
-            "since an [N] against an [N, 1] would silently give [N, N]."
-        ) from error
-    try:
-        chex.assert_type(values, float)
-        chex.assert_type(values, values[0].dtype)
-    except AssertionError as error:
-        raise AssertionError(
-            f"{names} must be float arrays of one dtype, got {found}; use astype(jnp.float32)."
-        ) from error
-    if not values[0].ndim or not values[0].size:
-        raise AssertionError(
-            f"{names} must have a leading time dimension [T, ...] and at least one element, got shape "
-            f"{values[0].shape}."
-        )
-    return values
 
 
 def n_step_returns(
@@ -88,8 +61,8 @@ def n_step_returns(
     lambda per step is equation 12.18 of Sutton & Barto 2018.
     """
     if jnp.ndim(lambda_t) == 0:
-        lambda_t = jnp.full_like(r_t, lambda_t)
-    arrays = _as_floats(r_t=r_t, discount_t=discount_t, v_t=v_t, lambda_t=lambda_t)
+        lambda_t = jnp.full_like(jnp.asarray(r_t), lambda_t)
+    arrays = as_floats(r_t=r_t, discount_t=discount_t, v_t=v_t, lambda_t=lambda_t)
 
     def backwards(g_t: Array, step: tuple[Array, ...]) -> tuple[Array, Array]:
         r, discount, v, lambda_ = step
@@ -126,7 +99,7 @@ def n_step_advantages(
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4; with a constant `lambda_t` below one it is
     generalised advantage estimation, Schulman et al. 2016, arXiv:1506.02438.
     """
-    r_t, v_tm1 = _as_floats(r_t=r_t, v_tm1=v_tm1)
+    r_t, v_tm1 = as_floats(r_t=r_t, v_tm1=v_tm1)
     return n_step_returns(r_t, discount_t, v_t, lambda_t) - v_tm1
 
 
@@ -154,7 +127,9 @@ def actor_loss(log_prob_tm1: Array, advantage_tm1: Array, valid_tm1: Array | Non
 
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4.
     """
-    log_prob_tm1, advantage_tm1 = _as_floats(log_prob_tm1=log_prob_tm1, advantage_tm1=advantage_tm1)
+    log_prob_tm1, advantage_tm1 = as_valid_floats(
+        valid_tm1, log_prob_tm1=log_prob_tm1, advantage_tm1=advantage_tm1
+    )
     return -mean_over(valid_tm1, log_prob_tm1 * jax.lax.stop_gradient(advantage_tm1))
 
 
@@ -182,7 +157,7 @@ def critic_loss(v_tm1: Array, return_tm1: Array, valid_tm1: Array | None = None)
 
     Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm S3 (whose squared error has no half).
     """
-    v_tm1, return_tm1 = _as_floats(v_tm1=v_tm1, return_tm1=return_tm1)
+    v_tm1, return_tm1 = as_valid_floats(valid_tm1, v_tm1=v_tm1, return_tm1=return_tm1)
     return 0.5 * mean_over(valid_tm1, jnp.square(jax.lax.stop_gradient(return_tm1) - v_tm1))
 
 
@@ -207,7 +182,7 @@ def entropy_loss(entropy_tm1: Array, valid_tm1: Array | None = None) -> Array:
 
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4, after Williams & Peng 1991.
     """
-    (entropy_tm1,) = _as_floats(entropy_tm1=entropy_tm1)
+    (entropy_tm1,) = as_valid_floats(valid_tm1, entropy_tm1=entropy_tm1)
     return -mean_over(valid_tm1, entropy_tm1)
 
 
@@ -218,7 +193,7 @@ def explained_variance(v_tm1: Array, return_tm1: Array, valid_tm1: Array | None 
       1 - \frac{\text{Var}[G - v]}{\text{Var}[G]}
 
     One means a perfect critic, zero one that is no better than a constant, and less than zero one that is worse. If the
-    returns do not vary, it is zero.
+    returns do not vary, or no step is valid, it is zero; if one is not finite, it is NaN.
 
     >>> explained_variance(jnp.array([1., 2.]), jnp.array([1., 3.]))
     Array(0.75, dtype=float32)
@@ -234,13 +209,14 @@ def explained_variance(v_tm1: Array, return_tm1: Array, valid_tm1: Array | None 
     Raises:
       AssertionError: if shapes differ or an array is not of floats.
     """
-    v_tm1, return_tm1 = _as_floats(v_tm1=v_tm1, return_tm1=return_tm1)
-    # Of equal numbers the variance may be a tiny positive one.
+    v_tm1, return_tm1 = as_valid_floats(valid_tm1, v_tm1=v_tm1, return_tm1=return_tm1)
+    # Of equal numbers the variance may be a tiny positive one, and of others zero if it underflows.
     variance = jnp.var(return_tm1, where=valid_tm1)
     lowest = jnp.min(return_tm1, initial=jnp.inf, where=valid_tm1)
-    varies = (jnp.max(return_tm1, initial=-jnp.inf, where=valid_tm1) > lowest) & (variance > 0.0)
-    unexplained = jnp.var(return_tm1 - v_tm1, where=valid_tm1) / jnp.where(varies, variance, 1.0)
-    return jnp.where(varies, 1.0 - unexplained, 0.0)
+    highest = jnp.max(return_tm1, initial=-jnp.inf, where=valid_tm1)
+    is_constant = (highest <= lowest) | (variance == 0.0)  # False if a return is NaN
+    unexplained = jnp.var(return_tm1 - v_tm1, where=valid_tm1)
+    return jnp.where(is_constant, 0.0, 1.0 - unexplained / jnp.where(is_constant, 1.0, variance))
 
 
 def a3c_loss(
@@ -261,14 +237,14 @@ def a3c_loss(
     Args:
       params: the parameters to differentiate: any tree, Flax's for instance.
       apply_fn: `apply_fn(params, trajectory) -> (distribution_tm1, v_tm1, v_t)`: the policy's distribution and the
-        value at every observation acted upon, and the value of every observation that followed. What `v_t` is where an
-        episode terminated does not matter, because its discount is zero there.
+        value at every observation acted upon, and the value of every observation that followed. Where an episode
+        terminated `v_t` may be any finite number, because its discount is zero there.
         `a3c_jax.networks.trajectory_apply(network)` makes one from a Flax network.
       trajectory: anything with `action_tm1`, `reward_t`, `terminated_t` and `truncated_t`, each `[T, ...]`, and
         whatever `apply_fn` reads: `a3c_jax.rollout.Trajectory` for instance. Continuous actions, and several
         discrete ones at once, have one more dimension, over which the distribution's `log_prob` sums. Means
         leave out the steps where `valid_tm1`, `[T, ...]` bool, is False, if it has that.
-      discount: the factor gamma, per step, in [0, 1].
+      discount: the factor gamma, a scalar in [0, 1], the same at every step. So are the three numbers below.
       critic_cost: the weight of `critic_loss`. With the half inside that loss, 0.5 gives the `0.25 (R - V)^2` that
         the common implementations share; the paper names no value.
       entropy_cost: the weight of `entropy_loss`, the paper's beta.
@@ -284,11 +260,14 @@ def a3c_loss(
     Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithm S3; generalised advantage estimation is
     that of Schulman et al. 2016, arXiv:1506.02438.
     """
+    check_scalars(
+        discount=discount, critic_cost=critic_cost, entropy_cost=entropy_cost, lambda_=lambda_
+    )
     distribution_tm1, v_tm1, v_t = apply_fn(params, trajectory)
     r_t, valid_tm1 = trajectory.reward_t, getattr(trajectory, "valid_tm1", None)
     discount_t = discount * (1.0 - trajectory.terminated_t.astype(r_t.dtype))
     lambda_t = lambda_ * (1.0 - trajectory.truncated_t.astype(r_t.dtype))
-    r_t, v_tm1 = _as_floats(r_t=r_t, v_tm1=v_tm1)
+    r_t, v_tm1 = as_floats(r_t=r_t, v_tm1=v_tm1)
     return_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
     advantage_tm1 = return_tm1 - v_tm1
     log_prob_tm1 = distribution_tm1.log_prob(trajectory.action_tm1)
@@ -308,12 +287,22 @@ def a3c_loss(
 
 
 def mean_over(valid_tm1: Array | None, x: Array) -> Array:
-    """The mean of `x` over the steps that are valid, over all if `valid_tm1` is None; zero if none is.
+    """The mean of `x` over the steps that are valid, for parts of a loss of your own.
+
+    >>> mean_over(jnp.array([True, False, True]), jnp.array([1., jnp.nan, 2.]))
+    Array(1.5, dtype=float32)
+
+    Args:
+      valid_tm1: which steps the mean is over, `[T, ...]` bool, as in `Trajectory.valid_tm1`; None for all.
+      x: one number for each step, `[T, ...]`. What stands at invalid steps reaches neither the mean nor its gradient.
+
+    Returns:
+      The mean, a scalar; zero if no step is valid.
 
     Raises:
-      AssertionError: if their shapes differ. A part of the loss has one number for each step.
+      AssertionError: if the mask has another shape or is not of bools.
     """
     if valid_tm1 is None:
         return jnp.mean(x)
-    chex.assert_equal_shape([valid_tm1, x])
-    return jnp.sum(jnp.where(valid_tm1, x, 0.0)) / jnp.maximum(jnp.sum(valid_tm1), 1)
+    check_mask(valid_tm1, x)
+    return jnp.mean(jnp.where(valid_tm1, x, 0), where=valid_tm1 | ~jnp.any(valid_tm1))

@@ -4,7 +4,7 @@ They learn the value of every action instead of a policy and a state value. A wo
 value, but with a probability epsilon any action. Targets are bootstrapped from a target network: a copy of the
 parameters that is renewed only now and then.
 
-Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithms 1, S1 and S2.
+Source: Mnih et al. 2016, arXiv:1602.01783, section 4 and Algorithms 1 and S2.
 """
 
 import functools
@@ -113,7 +113,7 @@ def one_step_sarsa(
     Where a segment or an episode was cut, the action that would have come next is not known. There the target has
     the expectation over the policy.
 
-    Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm S1.
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4: Algorithm 1 with another target.
     """
 
     def loss(values: Values, trajectory: Trajectory, discount_t: Array) -> Array:

@@ -8,11 +8,12 @@ The values `q_t` that targets are bootstrapped from are a constant to the gradie
 a target network, a copy of the parameters that is renewed only now and then.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from a3c_jax.losses import mean_over, n_step_returns
+from a3c_jax.array_checks import as_floats
+from a3c_jax.distributions import at_action
+from a3c_jax.losses import critic_loss, n_step_returns
 
 Array = jax.Array
 
@@ -36,7 +37,7 @@ def q_learning_loss(
 
     Args:
       q_tm1: values of all actions at the observations acted upon, `[T, ..., A]`, float.
-      action_tm1: the actions taken, `[T, ...]`, int.
+      action_tm1: the actions taken, `[T, ...]`, int. One that does not exist makes the loss NaN.
       r_t: rewards, `[T, ...]`, float.
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       q_t: values of all actions at the observations that followed, `[T, ..., A]`, float.
@@ -46,7 +47,7 @@ def q_learning_loss(
       The mean loss, a scalar.
 
     Raises:
-      AssertionError: if shapes differ.
+      AssertionError: if shapes differ, or an array is not of floats, or the actions are not of integers.
 
     Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm 1.
     """
@@ -78,7 +79,7 @@ def sarsa_loss(
 
     Args:
       q_tm1: values of all actions at the observations acted upon, `[T, ..., A]`, float.
-      action_tm1: the actions taken, `[T, ...]`, int.
+      action_tm1: the actions taken, `[T, ...]`, int. One that does not exist makes the loss NaN.
       r_t: rewards, `[T, ...]`, float.
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       q_t: values of all actions at the observations that followed, `[T, ..., A]`, float.
@@ -89,16 +90,16 @@ def sarsa_loss(
       The mean loss, a scalar.
 
     Raises:
-      AssertionError: if shapes differ.
+      AssertionError: if shapes differ, or an array is not of floats, or the actions are not of integers.
 
-    Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm S1; the expectation is that of expected Sarsa,
-    section 6.6 of Sutton & Barto 2018.
+    Source: Mnih et al. 2016, arXiv:1602.01783, section 4: Algorithm 1 with another target; the expectation is that of
+    expected Sarsa, section 6.6 of Sutton & Barto 2018.
     """
-    _assert_action_values(q_tm1, action_tm1, q_t)
-    chex.assert_equal_shape([q_t, probabilities_t])
+    q_tm1, q_t, probabilities_t = as_floats(q_tm1=q_tm1, q_t=q_t, probabilities_t=probabilities_t)
+    r_t, discount_t, _ = as_floats(r_t=r_t, discount_t=discount_t, **{"q_t.max(-1)": q_t.max(-1)})
     v_t = jnp.sum(probabilities_t * q_t, axis=-1)
     target_tm1 = n_step_returns(r_t, discount_t, v_t, 0.0)
-    return _squared_error(q_tm1, action_tm1, target_tm1, valid_tm1)
+    return critic_loss(at_action(q_tm1, action_tm1), target_tm1, valid_tm1)
 
 
 def n_step_q_loss(
@@ -124,7 +125,7 @@ def n_step_q_loss(
 
     Args:
       q_tm1: values of all actions at the observations acted upon, `[T, ..., A]`, float.
-      action_tm1: the actions taken, `[T, ...]`, int.
+      action_tm1: the actions taken, `[T, ...]`, int. One that does not exist makes the loss NaN.
       r_t: rewards, `[T, ...]`, float.
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       q_t: values of all actions at the observations that followed, `[T, ..., A]`, float.
@@ -135,26 +136,11 @@ def n_step_q_loss(
       The mean loss, a scalar.
 
     Raises:
-      AssertionError: if shapes differ.
+      AssertionError: if shapes differ, or an array is not of floats, or the actions are not of integers.
 
     Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm S2.
     """
-    _assert_action_values(q_tm1, action_tm1, q_t)
-    target_tm1 = n_step_returns(r_t, discount_t, q_t.max(-1), lambda_t)
-    return _squared_error(q_tm1, action_tm1, target_tm1, valid_tm1)
-
-
-def _squared_error(
-    q_tm1: Array, action_tm1: Array, target_tm1: Array, valid_tm1: Array | None
-) -> Array:
-    # The action is selected by comparison rather than by indexing, whose gradient is a slow scatter.
-    chosen = action_tm1[..., None] == jnp.arange(q_tm1.shape[-1])
-    q_chosen = jnp.sum(jnp.where(chosen, q_tm1, 0.0), axis=-1)
-    chex.assert_equal_shape([q_chosen, target_tm1])
-    return 0.5 * mean_over(valid_tm1, jnp.square(jax.lax.stop_gradient(target_tm1) - q_chosen))
-
-
-def _assert_action_values(q_tm1: Array, action_tm1: Array, q_t: Array) -> None:
-    chex.assert_equal_shape([q_tm1, q_t])
-    chex.assert_type(action_tm1, int)
-    chex.assert_shape(action_tm1, q_tm1.shape[:-1])
+    q_tm1, q_t = as_floats(q_tm1=q_tm1, q_t=q_t)
+    r_t, discount_t, v_t = as_floats(r_t=r_t, discount_t=discount_t, **{"q_t.max(-1)": q_t.max(-1)})
+    target_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
+    return critic_loss(at_action(q_tm1, action_tm1), target_tm1, valid_tm1)

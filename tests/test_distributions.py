@@ -1,6 +1,5 @@
 """The action distributions, against closed forms, SciPy, sampling and their own gradients."""
 
-import doctest
 import itertools
 
 import chex
@@ -12,8 +11,8 @@ import scipy.special
 import scipy.stats
 from jax.test_util import check_grads
 
-from a3c_jax import distributions
-from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorical
+from a3c_jax.action_values import EpsilonGreedy
+from a3c_jax.distributions import Categorical, DiagonalGaussian, MultiCategorical, at_action
 
 NUM_SAMPLES = 20_000
 # A mean of NUM_SAMPLES draws strays from its expectation by more than five standard errors once in
@@ -478,7 +477,41 @@ def test_the_same_key_gives_the_same_sample_and_another_key_another():
         assert np.any(np.asarray(first != other))
 
 
-def test_the_examples_in_the_docstrings_are_true():
-    results = doctest.testmod(distributions)
-    assert results.attempted >= 1
-    assert results.failed == 0
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_rare_actions_come_as_often_in_half_precision(dtype):
+    probabilities = np.array([0.9, 0.09, 0.009, 0.001])
+    logits = jnp.broadcast_to(jnp.log(jnp.array(probabilities)).astype(dtype), (400_000, 4))
+    drawn = np.bincount(Categorical(logits).sample(jax.random.key(0)), minlength=4)
+    # 400 of the rarest are expected, with a standard deviation of 20. By noise of bfloat16 there would be 23.
+    np.testing.assert_allclose(drawn / 400_000, probabilities, rtol=0.2)
+
+
+def test_the_number_at_an_action_by_hand():
+    values = jnp.array([[1.0, -jnp.inf, 3.0], [4.0, 5.0, 6.0]])
+    chex.assert_trees_all_equal(at_action(values, jnp.array([2, 0])), jnp.array([3.0, 4.0]))
+    assert at_action(values[0], 2) == 3.0
+    assert at_action(values[0], 1) == -jnp.inf
+    assert jnp.isnan(at_action(values, jnp.array([3, -1]))).all()
+
+
+def test_actions_and_samples_with_64_bits():
+    with jax.enable_x64(True):
+        assert jnp.isnan(Categorical(jnp.zeros(3)).log_prob(jnp.int64(2**32)))
+        for policy in (Categorical(jnp.zeros(3)), EpsilonGreedy(jnp.zeros(3), 0.5)):
+            assert policy.sample(jax.random.key(0)).dtype == jnp.int32
+
+
+def test_several_choices_need_one_at_least():
+    with pytest.raises(AssertionError, match="num_actions must have a number for each component"):
+        MultiCategorical(jnp.zeros((2, 0)), ()).entropy()
+
+
+def test_a_scale_of_another_shape_is_refused_by_every_method():
+    policy = DiagonalGaussian(jnp.zeros(2), 1.0)
+    for call in (
+        lambda: policy.sample(jax.random.key(0)),
+        lambda: policy.log_prob(jnp.zeros(2)),
+        policy.entropy,
+    ):
+        with pytest.raises(AssertionError, match=r"\(2,\)"):
+            call()

@@ -1,5 +1,7 @@
 """The README and the pages in docs/: links and commands lead somewhere, tests exist, and snippets run and pass mypy."""
 
+import doctest
+import importlib
 import os
 import pkgutil
 import re
@@ -42,6 +44,29 @@ def snippets() -> list[pytest.ParameterSet]:
             re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
         )
     ]
+
+
+def modules_with_examples() -> list[pytest.ParameterSet]:
+    """The modules whose docstrings hold examples."""
+    files = [f for folder in ("a3c_jax", "experiments") for f in (ROOT / folder).rglob("*.py")]
+    names = sorted(
+        ".".join(f.relative_to(ROOT).with_suffix("").parts)
+        for f in files
+        if re.search(r"^ *>>> ", f.read_text("utf-8"), re.MULTILINE)
+    )
+    slow = {"loading", "objects", "replaying", "simulation"}
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name.rpartition(".")[2] in slow else ())
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_the_examples_in_the_docstrings_are_true(name: str) -> None:
+    if "gymnasium" in name:
+        pytest.importorskip("gymnasium")
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted and not results.failed
 
 
 @every_page

@@ -1,8 +1,6 @@
 """A program: built once, the same each time, and run as often as one likes."""
 
 import dataclasses
-import doctest
-import importlib
 import re
 
 import chex
@@ -377,11 +375,3 @@ def test_a_step_can_be_wrapped(run):
 
     result = run(dataclasses.replace(built, step=step))
     assert len(calls) == result.version == 10
-
-
-@pytest.mark.parametrize(
-    "name", ["program", "training", pytest.param("replaying", marks=pytest.mark.slow)]
-)
-def test_the_examples_in_the_docstrings_hold(name):
-    results = doctest.testmod(importlib.import_module(f"a3c_jax.asynchrony.{name}"))
-    assert results.attempted > 1 and results.failed == 0

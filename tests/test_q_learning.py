@@ -43,6 +43,8 @@ def test_the_best_action_has_what_exploration_leaves():
     np.testing.assert_allclose(policy.log_prob(jnp.array([1, 0])), np.log([0.8, 1.0]), atol=1e-6)
     expected = [scipy.stats.entropy([0.1, 0.8, 0.1]), 0.0]
     np.testing.assert_allclose(policy.entropy(), expected, rtol=1e-5, atol=1e-6)
+    assert jnp.isnan(policy.log_prob(jnp.array([3, -1]))).all()
+    np.testing.assert_allclose(EpsilonGreedy(jnp.zeros(2), 0.5).log_prob(1), np.log(0.25))
 
 
 def test_actions_are_drawn_with_their_probabilities():

@@ -1,6 +1,5 @@
 """Trees as arrays with names: nothing lost on the way, and nothing taken for something else."""
 
-import doctest
 from typing import NamedTuple
 
 import chex
@@ -11,7 +10,6 @@ import optax
 import pytest
 from small_runs import words
 
-from a3c_jax.asynchrony import trees
 from a3c_jax.asynchrony.trees import name_leaves, restore_from_vector, restore_leaves
 
 
@@ -145,11 +143,6 @@ def test_a_vector_of_another_length_or_of_other_elements_is_refused():
         with pytest.raises(ValueError, match=message):
             restore_from_vector("states", vector, like)
     assert restore_from_vector("optimizer_state", np.zeros(0, np.float32), {}) == {}
-
-
-def test_the_examples_in_the_docstrings_hold():
-    results = doctest.testmod(trees)
-    assert results.attempted and not results.failed
 
 
 def test_no_array_is_lost_to_another_of_the_same_name():

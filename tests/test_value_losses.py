@@ -1,5 +1,7 @@
 """The losses of Q-learning, Sarsa and n-step Q-learning, against rlax, NumPy and hand-worked cases."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,10 @@ def test_a_hand_worked_case():
     assert n_step_q_loss(**x) == 4.5
     # A time limit after the first step: it bootstraps from 6 at once, which here is the same.
     assert n_step_q_loss(**x, lambda_t=jnp.array([0.0, 1.0])) == 4.5
+    # The best action there is worth 10 instead: one step sees 1 + 0.5 * 10 = 6, n steps still 4. Errors 5 and 3, or 3 and 3.
+    x["q_t"] = x["q_t"].at[0, 1].set(10.0)
+    assert q_learning_loss(**x) == n_step_q_loss(**x, lambda_t=jnp.array([0.0, 1.0])) == 8.5
+    assert n_step_q_loss(**x) == n_step_q_loss(**x, lambda_t=1.0) == 4.5
     # A termination after the first step: the target is the reward alone, and its error 0.
     terminated = x | {"discount_t": jnp.array([0.0, 0.5])}
     assert q_learning_loss(**terminated) == n_step_q_loss(**terminated) == 2.25
@@ -139,15 +145,34 @@ def test_any_batch_dimensions_with_and_without_jit(batch):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"q_t": jnp.zeros((T, N, A + 1))}, {"action_tm1": jnp.zeros((T, N))}, {"action_tm1": jnp.zeros((T, N, 1), int)},
-     {"r_t": jnp.zeros((T, 1))}],
+    ("change", "message"),
+    [
+        ({"q_t": jnp.zeros((T, N, A + 1))}, r"q_tm1 and q_t .* of one shape .* q_t: \(6, 3, 5\)"),
+        ({"q_t": jnp.zeros((T, N, A), int)}, r"q_tm1 and q_t .* of one dtype, got .* q_t: .* int32"),
+        ({"q_tm1": jnp.zeros((T, N, A), jnp.float16)}, r"got q_tm1: .* float16, q_t: .* float32"),
+        ({"action_tm1": jnp.zeros((T, N))}, "input 0 has type float32"),
+        ({"action_tm1": jnp.zeros((T, N, 1), int)}, r"input 0 has shape \(6, 3, 1\) but expected"),
+        ({"r_t": jnp.zeros((T, 1))}, r"r_t and discount_t and q_t.max\(-1\) .* one shape .* r_t: \(6, 1\)"),
+        ({"discount_t": jnp.zeros((T, N), int)}, r"one dtype, got .* discount_t: \(6, 3\) int32"),
+    ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(change):
-    with pytest.raises(AssertionError):
-        q_learning_loss(**arrays() | change)
-    with pytest.raises(AssertionError):
-        n_step_q_loss(**arrays() | change)
+def test_what_does_not_fit_is_refused_by_name(change, message):
+    x = arrays() | change
+    for loss, extra in ((q_learning_loss, {}), (n_step_q_loss, {}),
+                        (sarsa_loss, {"probabilities_t": jnp.ones_like(x["q_t"])})):  # fmt: skip
+        with pytest.raises(AssertionError) as caught:
+            loss(**x, **extra)
+        assert re.search(message.replace("q_t .*", "q_t.*"), str(caught.value))
+
+
+@pytest.mark.parametrize("action", [-1, A, A + 3])
+def test_an_action_that_does_not_exist_makes_the_loss_nan(action):
+    x = arrays()
+    x["action_tm1"] = x["action_tm1"].at[2, 1].set(action)
+    assert jnp.isnan(q_learning_loss(**x)) and jnp.isnan(n_step_q_loss(**x))
+    assert jnp.isnan(sarsa_loss(**x, probabilities_t=next_actions()[1]))
+    valid = jnp.ones((T, N), bool).at[2, 1].set(False)
+    assert jnp.isfinite(q_learning_loss(**x, valid_tm1=valid))
 
 
 def test_a_sarsa_target_needs_a_probability_for_each_action():
