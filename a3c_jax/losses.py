@@ -13,7 +13,7 @@ Three rules hold throughout.
   discount is zero, so that the termination wins.
 * Losses are means over every step. The paper accumulates a sum over the t_max steps of one environment instead, whose
   gradient is T times that of the mean, so that a paper's learning rate for plain SGD is T times smaller than ours. Adam
-  and RMSProp divide the scale out again, except for their epsilon.
+  and RMSProp divide the scale out again, except for their epsilon, and unless gradients are clipped before.
 """
 
 from collections.abc import Callable

@@ -55,8 +55,10 @@ def report(
     trained_at = time.time()  # seconds since the epoch, for whoever started this process
     summary = summarize(result) | {"seconds": seconds, "trained_at": trained_at}
     print_training(result, steps_before)
-    parts = " + ".join(f"{n} {seconds[n]:.1f}" for n in ("import", "setup", "compile", "train"))
-    print(f"  seconds: {parts} = {seconds['until_trained']:.1f}")
+    parts = {name: seconds[name] for name in ("import", "setup", "compile", "train")}
+    parts["other"] = max(0.0, seconds["until_trained"] - sum(parts.values()))
+    terms = " + ".join(f"{name} {part:.1f}" for name, part in parts.items())
+    print(f"  seconds: {terms} = {seconds['until_trained']:.1f}")
     writer = _Writer(run_dir)
     # Before the evaluation, so that they are there if that is interrupted.
     writer.write(lambda: save_params(result, run_dir))
