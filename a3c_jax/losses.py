@@ -117,7 +117,7 @@ def actor_loss(log_prob_tm1: Array, advantage_tm1: Array, valid_tm1: Array | Non
     Args:
       log_prob_tm1: log-probabilities of the actions taken, `[T, ...]`, float, in nats.
       advantage_tm1: their advantages, `[T, ...]`, float.
-      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all. What stands at others has no effect.
 
     Returns:
       The mean loss, a scalar.
@@ -147,7 +147,7 @@ def critic_loss(v_tm1: Array, return_tm1: Array, valid_tm1: Array | None = None)
     Args:
       v_tm1: values of the observations acted upon, `[T, ...]`, float.
       return_tm1: their returns, `[T, ...]`, float.
-      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all. What stands at others has no effect.
 
     Returns:
       The mean loss, a scalar.
@@ -172,7 +172,7 @@ def entropy_loss(entropy_tm1: Array, valid_tm1: Array | None = None) -> Array:
 
     Args:
       entropy_tm1: entropies of the whole action distributions, `[T, ...]`, float, in nats.
-      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all. What stands at others has no effect.
 
     Returns:
       The mean loss, a scalar: never positive for a categorical distribution.

@@ -41,7 +41,7 @@ def q_learning_loss(
       r_t: rewards, `[T, ...]`, float.
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       q_t: values of all actions at the observations that followed, `[T, ..., A]`, float.
-      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all. What stands at others has no effect.
 
     Returns:
       The mean loss, a scalar.
@@ -84,7 +84,7 @@ def sarsa_loss(
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       q_t: values of all actions at the observations that followed, `[T, ..., A]`, float.
       probabilities_t: the next action, one-hot, or the probabilities of all, `[T, ..., A]`, float.
-      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all. What stands at others has no effect.
 
     Returns:
       The mean loss, a scalar.
@@ -130,7 +130,7 @@ def n_step_q_loss(
       discount_t: `discount * (1 - terminated_t)`, `[T, ...]`, float.
       q_t: values of all actions at the observations that followed, `[T, ..., A]`, float.
       lambda_t: `1 - truncated_t`, `[T, ...]` or a scalar.
-      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all.
+      valid_tm1: which steps the mean is over, `[T, ...]` bool; None for all. What stands at others has no effect.
 
     Returns:
       The mean loss, a scalar.
