@@ -96,10 +96,8 @@ def sarsa_loss(
     expected Sarsa, section 6.6 of Sutton & Barto 2018.
     """
     q_tm1, q_t, probabilities_t = as_floats(q_tm1=q_tm1, q_t=q_t, probabilities_t=probabilities_t)
-    r_t, discount_t, _ = as_floats(r_t=r_t, discount_t=discount_t, **{"q_t.max(-1)": q_t.max(-1)})
     v_t = jnp.sum(probabilities_t * q_t, axis=-1)
-    target_tm1 = n_step_returns(r_t, discount_t, v_t, 0.0)
-    return critic_loss(at_action(q_tm1, action_tm1), target_tm1, valid_tm1)
+    return _squared_error(q_tm1, action_tm1, r_t, discount_t, v_t, 0.0, valid_tm1)
 
 
 def n_step_q_loss(
@@ -141,6 +139,19 @@ def n_step_q_loss(
     Source: Mnih et al. 2016, arXiv:1602.01783, Algorithm S2.
     """
     q_tm1, q_t = as_floats(q_tm1=q_tm1, q_t=q_t)
-    r_t, discount_t, v_t = as_floats(r_t=r_t, discount_t=discount_t, **{"q_t.max(-1)": q_t.max(-1)})
+    return _squared_error(q_tm1, action_tm1, r_t, discount_t, q_t.max(-1), lambda_t, valid_tm1)
+
+
+def _squared_error(
+    q_tm1: Array,
+    action_tm1: Array,
+    r_t: Array,
+    discount_t: Array,
+    v_t: Array,
+    lambda_t: Array | float,
+    valid_tm1: Array | None,
+) -> Array:
+    """Half the mean squared error of the actions' values against returns that are bootstrapped from `v_t`."""
+    r_t, discount_t, v_t = as_floats(r_t=r_t, discount_t=discount_t, **{"q_t.max(-1)": v_t})
     target_tm1 = n_step_returns(r_t, discount_t, v_t, lambda_t)
     return critic_loss(at_action(q_tm1, action_tm1), target_tm1, valid_tm1)

@@ -1,7 +1,5 @@
 """The losses of Q-learning, Sarsa and n-step Q-learning, against rlax, NumPy and hand-worked cases."""
 
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -147,8 +145,8 @@ def test_any_batch_dimensions_with_and_without_jit(batch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q_t": jnp.zeros((T, N, A + 1))}, r"q_tm1 and q_t .* of one shape .* q_t: \(6, 3, 5\)"),
-        ({"q_t": jnp.zeros((T, N, A), int)}, r"q_tm1 and q_t .* of one dtype, got .* q_t: .* int32"),
+        ({"q_t": jnp.zeros((T, N, A + 1))}, r"q_tm1 and q_t.* of one shape .* q_t: \(6, 3, 5\)"),
+        ({"q_t": jnp.zeros((T, N, A), int)}, r"q_tm1 and q_t.* of one dtype, got .* q_t: .* int32"),
         ({"q_tm1": jnp.zeros((T, N, A), jnp.float16)}, r"got q_tm1: .* float16, q_t: .* float32"),
         ({"action_tm1": jnp.zeros((T, N))}, "input 0 has type float32"),
         ({"action_tm1": jnp.zeros((T, N, 1), int)}, r"input 0 has shape \(6, 3, 1\) but expected"),
@@ -160,9 +158,8 @@ def test_what_does_not_fit_is_refused_by_name(change, message):
     x = arrays() | change
     for loss, extra in ((q_learning_loss, {}), (n_step_q_loss, {}),
                         (sarsa_loss, {"probabilities_t": jnp.ones_like(x["q_t"])})):  # fmt: skip
-        with pytest.raises(AssertionError) as caught:
+        with pytest.raises(AssertionError, match=message):
             loss(**x, **extra)
-        assert re.search(message.replace("q_t .*", "q_t.*"), str(caught.value))
 
 
 @pytest.mark.parametrize("action", [-1, A, A + 3])
